@@ -1,0 +1,105 @@
+"""What every runtime offers: targets as values, an engine on disk, a runner that executes it.
+
+A runtime is one folder beside this file with `targets.py`, `quantizer.py` and `runner.py`. It never imports another runtime,
+and nothing outside its folder imports the runtime's library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from zsq_deploy.quant.scheme import Scheme
+
+__all__ = ["Engine", "KernelRecord", "Runner", "Target"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one deployment target wants. A value: adding a target is adding one of these and its tests.
+
+    Attributes:
+        name: As on the command line, ``ort-x86-vnni``.
+        runtime: Folder under ``backends/`` that builds and runs it, ``onnxruntime``.
+        summary: One sentence for ``zsq doctor`` and the help.
+        activation: Scheme of activations.
+        weight: Scheme of weights.
+        opset: Operator set of the engine's graph.
+        ir_version: IR version stamped on the engine (what the oldest supported runtime reads).
+        session: Options of the runtime's session, by the runtime's own keys.
+        requires: CPU features without which the target is built, but not measured, here (``avx512_vnni``).
+        notes: What a user should know (saturation, fallbacks), one sentence each.
+    """
+
+    name: str
+    runtime: str
+    summary: str
+    activation: Scheme
+    weight: Scheme
+    opset: int
+    ir_version: int
+    session: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine on disk.
+
+    Attributes:
+        path: The file that the runtime loads.
+        qdq_path: The Q/DQ graph that says what the engine computes (for ONNX Runtime the same file).
+        target: What it was built for.
+        float_path: The float model that it was made from, as an ONNX file (batch norm folded), for the float baseline.
+        choices: How it was made: op types quantized, exclusions, range method, bias correction, ..., for the manifest.
+    """
+
+    path: Path
+    qdq_path: Path
+    target: Target
+    float_path: Path
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One node that the runtime really executed.
+
+    Attributes:
+        node: The runtime's node name.
+        op: Kernel (operator) name, ``QLinearConv``.
+        integer: Whether its arithmetic was integer.
+        microseconds: Mean time of one execution.
+        sources: Names of the nodes of the engine's graph that it stands for, as far as they can be traced.
+        macs: Multiply-accumulates of one execution at batch 1 (0 for anything but convolutions and matrix products).
+        reason: For a float kernel: why it is not an integer one, as far as it is known.
+    """
+
+    node: str
+    op: str
+    integer: bool
+    microseconds: float
+    sources: tuple[str, ...] = ()
+    macs: int = 0
+    reason: str = ""
+
+
+class Runner(Protocol):
+    """A loaded model of one runtime."""
+
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    load_ms: float
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs for one batch; inputs and outputs are numpy arrays in host memory."""
+
+    def kernels(self, feeds: Mapping[str, Array]) -> Sequence[KernelRecord]:
+        """What was executed for one batch, with times, from the runtime's own profile."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime: targets, quantizer, runner, kernel arithmetic."""

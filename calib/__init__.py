@@ -1,0 +1,1 @@
+"""Calibration sets, and where they come from."""

@@ -1,0 +1,1 @@
+"""Simulated quantization: schemes, ranges, fake-quant, Q/DQ graphs."""

@@ -1,0 +1,1 @@
+"""The report: JSON first, HTML drawn from it."""
