@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+# One thread a process: the tests run side by side, and results must not depend on how many cores there are.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint typecheck check bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zsq-deploy needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "this Python cannot make environments; on Debian: apt-get install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready  ## Train, quantize, verify and report the embedded example (under 3 minutes on 2 cores)
+	OMP_NUM_THREADS= $(BIN)/zsq demo -o demo-out --force
+
+test: $(VENV)/.ready  ## Run the test suite
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready  ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the import hook of an editable install, so the types are checked on a real installation.
+typecheck: $(VENV)/.ready  ## Types, strictly, on the installed package
+	rm -rf build/typed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/typed .
+	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p zsq_deploy
+
+check: lint typecheck test  ## Everything that has to hold before a commit lands on main
+
+clean:
+	rm -rf build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache
