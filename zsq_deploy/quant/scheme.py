@@ -64,13 +64,13 @@ class Scheme:
         bits = self.bits - self.reduced
         if not self.signed:
             return 0
-        return -(2 ** (bits - 1)) + int(self.restricted)
+        return -(1 << (bits - 1)) + int(self.restricted)
 
     @property
     def qmax(self) -> int:
         """Largest code."""
         bits = self.bits - self.reduced
-        return 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
+        return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
 
     @property
     def levels(self) -> int:
