@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from zsq_deploy.calib import CalibrationManifest, CalibrationSet, CalibrationWriter
 
+from zsq_deploy.calib import CalibrationManifest, CalibrationSet, CalibrationWriter
 from zsq_deploy.errors import CalibrationError, OutputExistsError, StaleArtifactError
 from zsq_deploy.model.graph import TensorSpec
 
