@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.fft
 from PIL import Image, ImageDraw
 
 from zsq_deploy.calib.baselines import PixelPreprocess, image_generator, image_shape
@@ -179,7 +178,7 @@ def _power_noise(random: Random) -> Array:
     amplitude = np.maximum(radius, 1.0) ** -random.uniform(0.6, 1.6)
     amplitude[0, 0] = 0
     spectrum = amplitude * np.exp(2j * math.pi * random.random((_TILE, _TILE)))
-    return np.asarray(scipy.fft.ifft2(spectrum).real)
+    return np.asarray(np.fft.ifft2(spectrum).real)
 
 
 def _waves(random: Random) -> Array:
