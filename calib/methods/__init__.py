@@ -1,1 +1,87 @@
-"""One short file a paper."""
+"""The methods that make calibration images, by name. One short file a paper; adding one is adding a file and a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from zsq_deploy.calib.baselines import Baseline, gaussian, ones, uniform
+from zsq_deploy.calib.fractal import fractal
+from zsq_deploy.calib.methods import genie, zeroq
+from zsq_deploy.calib.parts.recipe import Recipe
+
+__all__ = ["METHODS", "Method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to come by calibration images.
+
+    Attributes:
+        name: What the user calls it.
+        summary: One line for a list.
+        paper: Where it was published.
+        needs_bn: It lives on batch-norm statistics.
+        images: It makes images; the others give ranges only, or take what the user hands over.
+        defaults: Its parameters with their default values.
+        run: For methods that optimise images: makes the recipe from resolved parameters.
+        baseline: For methods that draw images without looking at the network.
+        fallback: What is used for a network without batch-norm statistics.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    needs_bn: bool = False
+    images: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    run: Callable[[Mapping[str, Any]], Recipe] | None = None
+    baseline: Baseline | None = None
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+
+
+_ALL = (
+    Method(
+        "zeroq",
+        "pixels optimised until every batch-norm layer sees the statistics it was trained on, image by image",
+        "Cai et al., ZeroQ, CVPR 2020, arXiv 2001.00281",
+        needs_bn=True,
+        defaults=zeroq.DEFAULTS,
+        run=zeroq.recipe,
+        fallback="fractal",
+    ),
+    Method(
+        "genie",
+        "latents and a generator optimised towards the batch-norm statistics, with swing convolution",
+        "Jeon et al., Genie, CVPR 2023, arXiv 2212.04780",
+        needs_bn=True,
+        defaults=genie.DEFAULTS,
+        run=genie.recipe,
+        fallback="fractal",
+    ),
+    Method("gaussian", "N(0, 1) noise in the network's input space", "baseline", baseline=gaussian),
+    Method("uniform", "noise, uniform over the valid pixel values", "baseline", baseline=uniform),
+    Method("ones", "all ones: what an engineer in a hurry feeds", "baseline", baseline=ones),
+    Method(
+        "fractal",
+        "coloured fractals and textures composed into pictures; knows nothing of the network",
+        "after Takashima et al., Visual Atoms, CVPR 2023, arXiv 2303.01112, and iterated function systems",
+        baseline=fractal,
+    ),
+    Method(
+        "bn-analytic",
+        "activation ranges computed from batch-norm parameters; no images",
+        "after Nagel et al., DFQ, ICCV 2019, arXiv 1906.04721",
+        needs_bn=True,
+        images=False,
+    ),
+    Method("real", "your own images, as a baseline for comparison", "baseline", images=False),
+)
+
+#: All methods by name.
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})

@@ -1,0 +1,388 @@
+"""One loss for all papers that match batch-normalization statistics.
+
+Twenty of the surveyed methods pull the statistics of synthetic images at each batch-norm layer towards the stored ones. They differ in
+what looks like detail and changes the loss by orders of magnitude: statistics per image or per batch, variance or standard
+deviation, biased or not, squared or plain norm, what the sum is divided by, and how the layers are weighted. :class:`BNLoss`
+names those choices; :class:`BNMatcher` binds them to the layers of one network and a device.
+
+The forms that papers use (letters as in the block matrix of the project's notes):
+
+====  =========================================================================================================
+B1a   ``BNLoss(hook="conv_out", per_sample=True, moment="std", unbiased=True, norm="l2sq", divide_by="channels",
+      eps=1e-6, input_prior=True)`` (ZeroQ), DSG's hinge form see B1f
+B1b   ``BNLoss(moment="var", norm="mse", reduce="mean")`` (GDFQ and its descendants)
+B1c   ``BNLoss(moment="var", norm="l2", layer_weight="first_x10")`` (DeepInversion)
+B1d   ``BNLoss(moment="std", unbiased=True, norm="l2sq", divide_by="channels", eps=1e-6, input_prior=True)`` (Genie)
+B1e   ``BNLoss(norm="kl", reduce="mean")`` (The Knowledge Within)
+B1f   B1a with ``norm="hinge", divide_by="batch", slack_quantile=0.9, emphasis=True`` (DSG)
+B1g   B1b with ``layer_weight="shallow_0.2_deep_1.1"`` (TexQ, SynQ)
+====  =========================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from zsq_deploy.calib.parts.moments import count_of, watch
+
+__all__ = ["LAYER_WEIGHTS", "BNLayer", "BNLoss", "BNMatcher", "Losses", "Observed"]
+
+Float64 = npt.NDArray[np.float64]
+
+#: Weight of layer `index` among `total`, by name.
+LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
+    "one": lambda _index, _total: 1.0,
+    "first_x10": lambda index, _total: 10.0 if index == 0 else 1.0,
+    "shallow_0.2_deep_1.1": lambda index, total: 0.2 if index < total // 2 else 1.1,
+}
+
+
+@dataclass(frozen=True)
+class BNLoss:
+    """The choices that make up one paper's batch-norm-statistics loss.
+
+    Attributes:
+        hook: ``bn_in`` looks at what enters every batch norm; ``conv_out`` leaves out those with no convolution or matrix product
+            directly in front (a batch norm after a concatenation or a sum). Where both exist they are the same tensor.
+        per_sample: Statistics of each image alone (over height and width) instead of over the batch.
+        moment: The second moment that is compared.
+        unbiased: Divide the observed variance by n - 1.
+        norm: Distance between observed and stored moments of one layer: ``mse`` (mean of squares), ``l2sq`` (sum of squares, see
+            `divide_by`), ``l2`` (its root), ``kl`` (Kullback-Leibler divergence of the two Gaussians, mean over channels),
+            ``hinge`` (``l2sq`` of what exceeds a slack).
+        divide_by: What ``l2sq`` and ``hinge`` sums are divided by: nothing, the number of images, or the number of channels.
+        eps: Added under both roots when standard deviations are compared; ``None``: the layer's own epsilon under the stored one
+            and 1e-12 under the observed one.
+        layer_weight: Name of a rule in :data:`LAYER_WEIGHTS`.
+        reduce: Sum or mean over layers.
+        input_prior: Add the same distance for the network's input, against the statistics of natural images.
+        slack_quantile: For ``hinge``: the quantile of the gaps that noise inputs produce, per layer.
+        emphasis: Image i counts layer (i mod L) twice (DSG's layerwise enhancement).
+    """
+
+    hook: Literal["bn_in", "conv_out"] = "bn_in"
+    per_sample: bool = False
+    moment: Literal["std", "var"] = "var"
+    unbiased: bool = False
+    norm: Literal["mse", "l2", "l2sq", "kl", "hinge"] = "mse"
+    divide_by: Literal["none", "batch", "channels"] = "none"
+    eps: float | None = None
+    layer_weight: str = "one"
+    reduce: Literal["sum", "mean"] = "sum"
+    input_prior: bool = False
+    slack_quantile: float = 0.9
+    emphasis: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layer_weight not in LAYER_WEIGHTS:
+            raise ValueError(f"unknown layer weight {self.layer_weight!r}; known: {', '.join(LAYER_WEIGHTS)}")
+        if self.emphasis and not self.per_sample:
+            raise ValueError("emphasis needs statistics per image")
+        if not 0 <= self.slack_quantile <= 1:
+            raise ValueError("slack_quantile lies between 0 and 1")
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over images, so that a batch can be worked through in pieces with the same result."""
+        return self.per_sample and self.norm != "l2"
+
+    def as_parameters(self) -> dict[str, Any]:
+        """All choices as plain values, for a manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BNLayer:
+    """A batch-norm layer and the value in the graph at which its input can be measured.
+
+    Attributes:
+        name: Node name of the batch norm.
+        value: Name of the value that is looked at.
+        mean, var: Stored statistics [C].
+        eps: The layer's epsilon.
+        scale, offset: The value is ``scale * z + offset``, channel by channel, where z is the layer's input: with the batch norm
+            folded into the convolution, z itself is never computed, and need not be. ``None``: the value is z.
+        direct: A convolution or matrix product stands directly in front of the layer.
+    """
+
+    name: str
+    value: str
+    mean: Float64
+    var: Float64
+    eps: float
+    scale: Float64 | None = None
+    offset: Float64 | None = None
+    direct: bool = True
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Moments of one value: [N, C] per image or [C] per batch, before any unfolding."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss and its parts; all are scalars that carry gradients."""
+
+    total: Tensor
+    mean: Tensor
+    spread: Tensor
+    input: Tensor
+
+    def values(self) -> dict[str, float]:
+        """Plain numbers, for a progress line."""
+        return {
+            "loss": float(self.total.detach()),
+            "mean": float(self.mean.detach()),
+            "spread": float(self.spread.detach()),
+            "input": float(self.input.detach()),
+        }
+
+
+class _Group:
+    """Layers whose statistics have the same form, side by side in one long row of channels."""
+
+    def __init__(self, loss: BNLoss, layers: Sequence[tuple[int, BNLayer]], total: int, per_sample: bool) -> None:
+        self.layers = [index for index, _ in layers]
+        self.per_sample = per_sample
+        self.sizes = [layer.mean.size for _, layer in layers]
+        self.mean = np.concatenate([layer.mean for _, layer in layers])
+        self.var = np.concatenate([layer.var for _, layer in layers])
+        eps = np.repeat([layer.eps for _, layer in layers], self.sizes)
+        self.eps = np.full_like(eps, loss.eps) if loss.eps is not None else eps
+        ones, zeros = np.ones, np.zeros
+        self.scale = np.concatenate([ones(la.mean.size) if la.scale is None else la.scale for _, la in layers])
+        self.offset = np.concatenate([zeros(la.mean.size) if la.offset is None else la.offset for _, la in layers])
+        rule = LAYER_WEIGHTS[loss.layer_weight]
+        self.layer_weights = [rule(index, total) / (total if loss.reduce == "mean" else 1) for index, _ in layers]
+        self.segment = np.repeat(np.arange(len(layers)), self.sizes)
+
+
+class BNMatcher:
+    """A :class:`BNLoss` bound to the layers of one network.
+
+    Args:
+        loss: The choices.
+        layers: The layers, in graph order; those that the loss's hook leaves out are dropped here.
+        device: Where it is computed.
+        dtype: In what precision.
+        bounds: Values that only a rectifier reads, which the taps are to apply themselves (see :func:`~.moments.watch`).
+        owned: Values whose gradient may be changed in place.
+
+    Attributes:
+        layers: The layers that count.
+    """
+
+    def __init__(
+        self,
+        loss: BNLoss,
+        layers: Sequence[BNLayer],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        owned: frozenset[str] = frozenset(),
+    ) -> None:
+        self.loss = loss
+        self.layers = tuple(layer for layer in layers if loss.hook == "bn_in" or layer.direct)
+        if not self.layers:
+            raise ValueError("the network has no batch-norm layer that this loss could match")
+        self._device, self._dtype = torch.device(device), dtype
+        self._bounds, self._owned = dict(bounds or {}), owned
+        self._slack: list[tuple[Tensor, Tensor]] | None = None
+        self._groups: dict[tuple[bool, ...], list[tuple[_Group, dict[str, Tensor]]]] = {}
+        self._centres: dict[str, Tensor] = {}
+        for layer in self.layers:
+            centre = layer.mean if layer.scale is None else layer.scale * layer.mean + layer.offset
+            self._centres.setdefault(layer.value, self._tensor(centre))
+
+    def _tensor(self, array: npt.ArrayLike) -> Tensor:
+        return torch.as_tensor(np.asarray(array), dtype=self._dtype, device=self._device)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values that are looked at, each once."""
+        return tuple(self._centres)
+
+    def taps(self, store: dict[str, Observed]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Functions for a twin's ``run(taps=...)`` that measure each value into `store` and pass it on."""
+
+        def tap(name: str) -> Callable[[Tensor], Tensor]:
+            centre, bounds, own = self._centres[name], self._bounds.get(name), name in self._owned
+
+            def measure(y: Tensor) -> Tensor:
+                # One number per image and channel has no spread: such a layer is matched over the batch.
+                per_sample = self.loss.per_sample and count_of(y.shape, True) > 1
+                passed, mean, var = watch(
+                    y, centre, per_sample=per_sample, unbiased=self.loss.unbiased, bounds=bounds, own_gradient=own
+                )
+                store[name] = Observed(mean, var)
+                return passed
+
+            return measure
+
+        return {name: tap(name) for name in self._centres}
+
+    def set_slack(self, noise: Sequence[Mapping[str, Observed]]) -> None:
+        """For ``hinge``: take the slack of each layer from what noise inputs produce."""
+        gaps: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        for observed in noise:
+            for group, tensors in self._bound(observed):
+                mean, second = self._gaps(group, tensors, observed)
+                parts = zip(mean.split(group.sizes, -1), second.split(group.sizes, -1), strict=True)
+                for index, (a, b) in zip(group.layers, parts, strict=True):
+                    gaps[index].append((a.abs().flatten(), b.abs().flatten()))
+        quantile = self.loss.slack_quantile
+        self._slack = [
+            (
+                torch.quantile(torch.cat([a for a, _ in pieces]), quantile),
+                torch.quantile(torch.cat([b for _, b in pieces]), quantile),
+            )
+            for pieces in gaps
+        ]
+
+    def _bound(self, observed: Mapping[str, Observed]) -> list[tuple[_Group, dict[str, Tensor]]]:
+        """The layers in groups of one form of statistics, with their constants on the device."""
+        forms = tuple(observed[layer.value].mean.dim() == 2 for layer in self.layers)
+        if forms not in self._groups:
+            made = []
+            for form in dict.fromkeys(forms):
+                members = [(i, layer) for i, layer in enumerate(self.layers) if forms[i] == form]
+                group = _Group(self.loss, members, len(self.layers), form)
+                second = np.sqrt(group.var + group.eps) if self.loss.moment == "std" else group.var
+                folded = bool(np.any(group.scale != 1) or np.any(group.offset != 0))
+                tensors = {"mean": self._tensor(group.mean), "second": self._tensor(second)}
+                tensors["eps"] = self._tensor(
+                    group.eps if self.loss.eps is not None else np.full_like(group.eps, 1e-12)
+                )
+                tensors["var"] = self._tensor(group.var + group.eps)
+                tensors["segment"] = torch.as_tensor(group.segment, device=self._device)
+                if folded:
+                    tensors["inverse"] = self._tensor(1 / group.scale)
+                    tensors["inverse_square"] = self._tensor(1 / group.scale**2)
+                    tensors["offset"] = self._tensor(group.offset)
+                made.append((group, tensors))
+            self._groups[forms] = made
+        return self._groups[forms]
+
+    def _moments(
+        self, group: _Group, tensors: dict[str, Tensor], observed: Mapping[str, Observed]
+    ) -> tuple[Tensor, Tensor]:
+        found = [observed[self.layers[index].value] for index in group.layers]
+        mean = torch.cat([item.mean for item in found], -1)
+        var = torch.cat([item.var for item in found], -1)
+        if "inverse" in tensors:
+            mean = (mean - tensors["offset"]) * tensors["inverse"]
+            var = var * tensors["inverse_square"]
+        return mean, var
+
+    def _gaps(
+        self, group: _Group, tensors: dict[str, Tensor], observed: Mapping[str, Observed]
+    ) -> tuple[Tensor, Tensor]:
+        mean, var = self._moments(group, tensors, observed)
+        second = (var + tensors["eps"]).sqrt() if self.loss.moment == "std" else var
+        return mean - tensors["mean"], second - tensors["second"]
+
+    def _weights(self, group: _Group, batch: int) -> Tensor:
+        """Weight of each channel's distance [S]: the layer's weight, over what the layer's sum is divided by."""
+        loss, per_channel = self.loss, []
+        for size, weight in zip(group.sizes, group.layer_weights, strict=True):
+            if loss.norm in ("mse", "kl"):
+                divisor = size * (batch if group.per_sample else 1)
+            else:
+                divisor = {"none": 1, "batch": batch, "channels": size}[loss.divide_by]
+                if not group.per_sample and loss.per_sample:
+                    divisor = divisor / batch  # one row stands for every image of the batch
+                elif not group.per_sample and loss.divide_by == "batch":
+                    divisor = 1
+            per_channel.append(weight / divisor)
+        return self._tensor(np.repeat(per_channel, group.sizes))
+
+    def __call__(
+        self,
+        observed: Mapping[str, Observed],
+        *,
+        batch: int,
+        first: int = 0,
+        inputs: Observed | None = None,
+        input_layer: BNLayer | None = None,
+    ) -> Losses:
+        """The loss of what was observed.
+
+        Args:
+            observed: Moments by value name, as the taps stored them.
+            batch: Images in the whole batch (the observed ones may be a piece of it, if the loss is separable).
+            first: Index of the piece's first image in the batch.
+            inputs: Moments of the network's input per image, when the loss has an input prior.
+            input_layer: Mean and variance that natural images have there.
+        """
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        mean_loss, spread_loss, input_loss = zero, zero, zero
+        for group, tensors in self._bound(observed):
+            a, b = self._group_loss(group, tensors, observed, batch, first)
+            mean_loss, spread_loss = mean_loss + a, spread_loss + b
+        if self.loss.input_prior and inputs is not None and input_layer is not None:
+            input_loss = self._input_loss(inputs, input_layer, batch)
+        return Losses(mean_loss + spread_loss + input_loss, mean_loss, spread_loss, input_loss)
+
+    def _group_loss(
+        self, group: _Group, tensors: dict[str, Tensor], observed: Mapping[str, Observed], batch: int, first: int
+    ) -> tuple[Tensor, Tensor]:
+        loss = self.loss
+        if loss.norm == "kl":
+            mean, var = self._moments(group, tensors, observed)
+            var, stored = var + tensors["eps"], tensors["var"]
+            a = (mean - tensors["mean"]).square() / (2 * stored)
+            b = ((stored / var).log() + var / stored - 1) / 2
+        else:
+            a, b = self._gaps(group, tensors, observed)
+            if loss.norm == "hinge":
+                if self._slack is None:
+                    raise ValueError("the hinge needs its slack: call set_slack with what noise inputs produce")
+                rows = [self._slack[index] for index in group.layers]
+                a = (a.abs() - torch.stack([x for x, _ in rows])[tensors["segment"]]).clamp_min(0)
+                b = (b.abs() - torch.stack([x for _, x in rows])[tensors["segment"]]).clamp_min(0)
+            a, b = a.square(), b.square()
+        if loss.norm == "l2":
+            weights = group.layer_weights
+            pieces = list(zip(weights, a.split(group.sizes, -1), b.split(group.sizes, -1), strict=True))
+            return (
+                torch.stack([weight * _root(x.sum()) for weight, x, _ in pieces]).sum(),
+                torch.stack([weight * _root(y.sum()) for weight, _, y in pieces]).sum(),
+            )
+        key = f"weights {batch}"
+        if key not in tensors:
+            tensors[key] = self._weights(group, batch)
+        weight = tensors[key]
+        if loss.emphasis and group.per_sample:
+            sample = torch.arange(first, first + a.shape[0], device=self._device) % len(self.layers)
+            layer = torch.as_tensor(group.layers, device=self._device)[tensors["segment"]]
+            weight = weight * (1 + (sample[:, None] == layer[None, :]).to(weight.dtype))
+        return (a * weight).sum(), (b * weight).sum()
+
+    def _input_loss(self, inputs: Observed, layer: BNLayer, batch: int) -> Tensor:
+        mean, var = self._tensor(layer.mean), self._tensor(layer.var)
+        if self.loss.moment == "std" or self.loss.norm == "kl":
+            eps = 1e-12 if self.loss.eps is None else self.loss.eps
+            second, target = (inputs.var + eps).sqrt(), var.sqrt()
+        else:
+            second, target = inputs.var, var
+        gap = (inputs.mean - mean).square().sum() + (second - target).square().sum()
+        # Per-image methods (ZeroQ, DSG) average the input term over images, per-batch ones (Genie, SADAG) sum it.
+        return gap / batch if self.loss.per_sample else gap
+
+
+def _root(total: Tensor) -> Tensor:
+    """Square root with a zero gradient at zero."""
+    safe = torch.where(total > 0, total, torch.ones_like(total))
+    return torch.where(total > 0, safe.sqrt(), torch.zeros_like(total))

@@ -1,0 +1,122 @@
+"""The state of an unfinished synthesis on disk: finished batches, and the exact state of the current one.
+
+::
+
+    run.json                 what the run is (network, method, parameters, seed, ...) and its digest
+    batch-00000.safetensors  a finished batch
+    current.safetensors      the batch that is being made: parameters, optimisers, random state, schedules
+
+All files are written atomically, and a batch's file appears before the state of the next one, so whenever the process ends, what is
+there is one consistent state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zsq_deploy.artifact import atomic_writer, digest_json, read_json, write_json
+from zsq_deploy.errors import StaleArtifactError, ZsqError
+
+__all__ = ["Checkpoint"]
+
+_START_OVER = "start over without --resume, or remove the folder"
+
+
+class Checkpoint:
+    """The checkpoint folder of one run.
+
+    Args:
+        folder: Where it is kept; ``None``: nowhere (an interrupted run is lost).
+        run: What the run is, as JSON values; a state of another run is refused.
+        resume: Go on from what is there. Otherwise an earlier state is removed.
+
+    Raises:
+        StaleArtifactError: What is there belongs to another run.
+    """
+
+    def __init__(self, folder: Path | None, run: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        record = json.loads(json.dumps({"run": dict(run), "digest": digest_json(dict(run))}))
+        path = folder / "run.json"
+        if resume and path.exists():
+            found = read_json(path)
+            old = found.get("run", {}) if isinstance(found, dict) else {}
+            if old != record["run"]:
+                changed = sorted(key for key in {*old, *record["run"]} if old.get(key) != record["run"].get(key))
+                raise StaleArtifactError(
+                    "the interrupted synthesis in this folder is another one; different: "
+                    + "; ".join(f"{key} (there {old.get(key)!r}, now {record['run'].get(key)!r})" for key in changed),
+                    where=str(folder),
+                    remedy=f"resume with the same options as before, or {_START_OVER}",
+                )
+            return
+        if folder.exists():
+            for name in [*folder.glob("batch-*.safetensors"), folder / "current.safetensors", path]:
+                name.unlink(missing_ok=True)
+        write_json(path, record)
+
+    def _batch(self, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"batch-{index:05d}.safetensors"
+
+    @property
+    def _current(self) -> Path | None:
+        return None if self.folder is None else self.folder / "current.safetensors"
+
+    def save_batch(self, index: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Keep a finished batch; the state of the current one is no longer needed."""
+        _write(self._batch(index), tensors, plain)
+        if self._current is not None:
+            self._current.unlink(missing_ok=True)
+
+    def load_batch(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A finished batch, or ``None``."""
+        return _read(self._batch(index))
+
+    def save_current(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Keep the state of the batch that is being made."""
+        _write(self._current, tensors, plain)
+
+    def load_current(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state of batch `index`, if that is the one that was being made."""
+        found = _read(self._current)
+        return found if found is not None and found[1].get("index") == index else None
+
+    def remove(self) -> None:
+        """Forget everything: the run is complete."""
+        if self.folder is None or not self.folder.exists():
+            return
+        for path in [*self.folder.glob("batch-*.safetensors"), self.folder / "current.safetensors"]:
+            path.unlink(missing_ok=True)
+        (self.folder / "run.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+
+def _write(path: Path | None, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(kept, metadata={"state": json.dumps(plain)})
+    with atomic_writer(path) as file:
+        file.write(data)
+
+
+def _read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            plain = json.loads(file.metadata()["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, plain  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ZsqError(f"this checkpoint is damaged ({error})", where=str(path), remedy=_START_OVER) from error

@@ -1,0 +1,178 @@
+"""What is optimised so that images come out of it: the pixels themselves, or latents and a generator.
+
+Both start from an explicit random generator and give images in standard space (see :mod:`.priors`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ImageGenerator", "LatentImages", "Parametrisation", "Pixels"]
+
+
+class Parametrisation(Protocol):
+    """Something with parameters in named groups that makes a batch of images."""
+
+    def groups(self) -> Mapping[str, list[Tensor]]:
+        """Leaf tensors to optimise, by group name (each group has its own step size and schedule)."""
+
+    def images(self) -> Tensor:
+        """The batch in standard space, with gradients."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load` needs to go on exactly here."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a state."""
+
+
+class Pixels:
+    """The pixels are the parameters; they start as N(0, 1) noise.
+
+    Args:
+        shape: [N, C, ...].
+        generator: Source of the noise.
+        device: Where they live.
+    """
+
+    def __init__(self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str = "cpu") -> None:
+        noise = torch.randn(shape, generator=generator).to(device)
+        if noise.dim() == 4:
+            noise = noise.to(memory_format=torch.channels_last)
+        self.pixels = noise.requires_grad_()
+
+    def groups(self) -> Mapping[str, list[Tensor]]:
+        """One group, ``images``."""
+        return {"images": [self.pixels]}
+
+    def images(self) -> Tensor:
+        """The pixels."""
+        return self.pixels
+
+    def state(self) -> dict[str, Tensor]:
+        """The pixels."""
+        return {"pixels": self.pixels.detach()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a state."""
+        self.pixels.copy_(state["pixels"])
+
+
+class ImageGenerator(nn.Module):
+    """Genie's generator (arXiv 2212.04780): a small upsampling network without labels.
+
+    Linear to ``wide`` channels at 1/2^`upsamplings` of the size, batch norm, then `upsamplings` times (nearest x2, 3x3 convolution, and
+    between two of them batch norm and LeakyReLU 0.2), tanh, and a batch norm without parameters that standardises the images.
+    Batch norms always use the statistics of the batch at hand. A size that is no multiple of 2^`upsamplings` is rounded up and
+    cut.
+
+    Args:
+        channels, height, width: Of the images.
+        generator: Source of the initial weights (fan-in uniform, as torch initialises such layers).
+        latent, wide, narrow: Widths; 256, 128 and 64 in the paper's code.
+        upsamplings: 2 in the paper's code.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        generator: torch.Generator,
+        *,
+        latent: int = 256,
+        wide: int = 128,
+        narrow: int = 64,
+        upsamplings: int = 2,
+    ) -> None:
+        super().__init__()
+        factor = 2**upsamplings
+        self.size = (height, width)
+        self.seed_shape = (wide, math.ceil(height / factor), math.ceil(width / factor))
+        self.linear = nn.Linear(latent, math.prod(self.seed_shape), device="meta")
+        self.first_norm = nn.BatchNorm2d(wide, track_running_stats=False, device="meta")
+        widths = [wide, *([narrow] * (upsamplings - 1)), channels]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, device="meta") for a, b in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b, track_running_stats=False, device="meta") for b in widths[1:-1])
+        self.to_empty(device="cpu")
+        self._initialise(generator)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                module.weight.uniform_(-bound, bound, generator=generator)
+                if module.bias is not None:
+                    module.bias.uniform_(-bound, bound, generator=generator)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1)
+                module.bias.fill_(0)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Images [N, C, H, W] from latents [N, latent]."""
+        x = self.linear(latents).view(-1, *self.seed_shape).contiguous(memory_format=torch.channels_last)
+        x = self.first_norm(x)
+        for index, conv in enumerate(self.convs):
+            x = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+            if index < len(self.norms):
+                x = F.leaky_relu(self.norms[index](x), 0.2)
+        x = torch.tanh(x)[:, :, : self.size[0], : self.size[1]]
+        return F.batch_norm(x, None, None, training=True, eps=1e-5)
+
+
+class LatentImages:
+    """Latents and a fresh generator, trained together (Genie).
+
+    Args:
+        shape: [N, C, H, W].
+        generator: Source of latents and weights.
+        device: Where they live.
+        latent: Size of a latent.
+        upsamplings: See :class:`ImageGenerator`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        *,
+        latent: int = 256,
+        upsamplings: int = 2,
+    ) -> None:
+        count, channels, height, width = shape
+        self.latents = torch.randn((count, latent), generator=generator).to(device).requires_grad_()
+        self.network = ImageGenerator(channels, height, width, generator, latent=latent, upsamplings=upsamplings).to(
+            device
+        )
+
+    def groups(self) -> Mapping[str, list[Tensor]]:
+        """``latents`` and ``generator``."""
+        return {"latents": [self.latents], "generator": list(self.network.parameters())}
+
+    def images(self) -> Tensor:
+        """The images that the generator makes of the latents."""
+        made: Tensor = self.network(self.latents)
+        return made
+
+    def state(self) -> dict[str, Tensor]:
+        """Latents and weights."""
+        weights = {f"generator.{name}": value.detach() for name, value in self.network.named_parameters()}
+        return {"latents": self.latents.detach(), **weights}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a state."""
+        self.latents.copy_(state["latents"])
+        for name, value in self.network.named_parameters():
+            value.copy_(state[f"generator.{name}"])

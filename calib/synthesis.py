@@ -1,0 +1,414 @@
+"""Calibration images from a network alone: one entry point for all methods.
+
+Work goes batch by batch. A batch depends only on the network, the method's parameters, the seed, its own number and its size, so
+runs can be cut anywhere: a finished batch is kept, the current one is checkpointed now and then and when the user interrupts, and
+a resumed run gives bit for bit the set that an undisturbed one would have given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet
+from zsq_deploy.calib.methods import METHODS, Method
+from zsq_deploy.calib.parts.checkpoint import Checkpoint
+from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
+from zsq_deploy.calib.parts.network import SynthesisNetwork, prepare
+from zsq_deploy.calib.parts.priors import InputSpace
+from zsq_deploy.calib.parts.recipe import Recipe, describe, resolve
+from zsq_deploy.errors import CalibrationError, InterruptedRunError, UsageError
+from zsq_deploy.model import Model
+from zsq_deploy.model.graph import TensorSpec
+from zsq_deploy.progress import SILENT, Progress, Task
+
+__all__ = ["batch_sizes", "synthesize"]
+
+# How often the current batch is checkpointed, in seconds.
+_SAVE_EVERY = 30.0
+# What the pieces of a batch may keep for the gradient: enough to keep convolutions busy, little enough to be kind to memory.
+_PIECE_BYTES = 512 * 2**20
+_SMALLEST_PIECE = 8
+# Share of the machine's memory that activations kept for the gradient may take.
+_MEMORY_SHARE = 0.35
+
+
+def batch_sizes(images: int, largest: int) -> list[int]:
+    """Cut `images` into as few batches as `largest` allows, of equal size to within one."""
+    count = math.ceil(images / largest)
+    small, extra = divmod(images, count)
+    return [small + (index < extra) for index in range(count)]
+
+
+def synthesize(
+    model: Model,
+    *,
+    method: str = "zeroq",
+    images: int = 256,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    workdir: Path | None = None,
+    resume: bool = False,
+    progress: Progress = SILENT,
+    parameters: Mapping[str, Any] | None = None,
+) -> CalibrationSet:
+    """Make a calibration set for a network without any data.
+
+    Args:
+        model: The network, batch norms in place.
+        method: A name in :data:`~zsq_deploy.calib.methods.METHODS` that makes images.
+        images: How many.
+        seed: Source of everything random, 0 or more. Same seed, device and thread count: the same set, bit for bit.
+        device: Where it is computed; ``None``: ``cuda`` when there is one, else ``cpu``.
+        batch_size: Images that are made together; ``None``: the method's own, or less where memory demands it.
+        workdir: Folder for checkpoints; ``None``: an interrupted run cannot be resumed.
+        resume: Go on from what an interrupted run left in `workdir`.
+        progress: Where to report.
+        parameters: The method's parameters, where they differ from its defaults.
+
+    Returns:
+        The set, in memory, float32 in the network's input space, with a manifest that says how it was made. Its ``parameters`` hold the
+        resolved recipe and, under ``outcome``, steps and losses of each batch.
+
+    Raises:
+        UsageError: The method or one of its parameters is unknown, or numbers make no sense.
+        CalibrationError: The method cannot be applied to this network.
+        InterruptedRunError: The user interrupted; the state is kept in `workdir`.
+        StaleArtifactError: `resume` with a `workdir` of another run.
+    """
+    if method not in METHODS:
+        raise UsageError(
+            f"there is no synthesis method {method!r}", where="--method", remedy=f"choose one of {', '.join(METHODS)}"
+        )
+    chosen = METHODS[method]
+    if images < 1:
+        raise UsageError(f"{images} images were asked for", where="--images", remedy="ask for 1 or more")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"a batch of {batch_size} images makes no sense", where="batch_size", remedy="give 1 or more")
+    if seed < 0:
+        raise UsageError(f"the seed {seed} is negative", where="--seed", remedy="give 0 or more")
+    if not chosen.images:
+        raise CalibrationError(
+            f"method {method!r} makes no images: {chosen.summary}",
+            where="--method",
+            remedy="hand your own images over as a calibration set"
+            if method == "real"
+            else "use its ranges directly (`zsq quantize`), or choose a method that makes images",
+        )
+    resolved = resolve(method, chosen.defaults, parameters)
+    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    started, notes = time.monotonic(), list[str]()
+    requested: str | None = None
+    network: SynthesisNetwork | None = None
+    if chosen.needs_bn:
+        if model.batch_norms():
+            _single_image_input(model, method)
+        elif chosen.fallback is not None:
+            note = (
+                f"the network holds no batch-norm statistics (it never had any, or they were folded into the convolutions "
+                f"before export), and {method!r} has nothing else to learn from. Used instead: {chosen.fallback!r} "
+                f"({METHODS[chosen.fallback].summary}), because structured pictures excite filters more like "
+                f"photographs do than noise does. If the network was trained with batch norm, export it with batch norm kept"
+            )
+            progress.say(note)
+            notes.append(note)
+            requested, chosen, resolved = method, METHODS[chosen.fallback], {}
+    if chosen.run is None:
+        arrays = _draw(chosen, model, images, seed, progress)
+        outcome: dict[str, Any] = {} if requested is None else {"requested_method": requested}
+        seconds = time.monotonic() - started
+    else:
+        recipe = chosen.run(resolved)
+        network = prepare(model, swing=bool(recipe.swing))
+        arrays, outcome, seconds = _optimise(
+            chosen, model, network, recipe, resolved, images, seed, place, batch_size, workdir, resume, progress, notes
+        )
+    manifest = CalibrationManifest.of(
+        model,
+        method=chosen.name,
+        parameters={**resolved, **outcome},
+        seed=seed,
+        device=place.type if chosen.run is not None else "cpu",
+        seconds=seconds,
+        peak_rss_bytes=_peak_rss(),
+        notes=notes,
+    )
+    return CalibrationSet.from_arrays(arrays, manifest)
+
+
+def _single_image_input(model: Model, method: str) -> TensorSpec:
+    if len(model.inputs) != 1:
+        names = ", ".join(repr(spec.name) for spec in model.inputs)
+        raise CalibrationError(
+            f"the network has {len(model.inputs)} inputs ({names}); method {method!r} optimises one, because batch-norm "
+            "statistics do not say which input should account for what",
+            where=model.name,
+            remedy="use a method that draws each input by itself (gaussian, uniform), or hand over inputs of your own",
+        )
+    spec = model.inputs[0]
+    if spec.dtype.kind != "f":
+        raise CalibrationError(
+            f"input {spec.name!r} takes {spec.dtype} values, which cannot be optimised by gradients",
+            where=spec.name,
+            remedy="hand over inputs of your own as a calibration set",
+        )
+    if method == "genie" and len(spec.shape) != 4:
+        raise CalibrationError(
+            f"input {spec.name!r} of shape {spec.shape} is no image; Genie's generator makes images",
+            where=spec.name,
+            remedy="use --method zeroq, which takes inputs of any shape",
+        )
+    return spec
+
+
+def _draw(method: Method, model: Model, images: int, seed: int, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of a method that does not look at the network."""
+    assert method.baseline is not None
+    pieces: dict[str, list[np.ndarray[Any, Any]]] = {spec.name: [] for spec in model.inputs}
+    with progress.task(f"{method.name} images", images) as task:
+        for offset in range(0, images, 16):
+            count = min(16, images - offset)
+            for stream, spec in enumerate(model.inputs):
+                pieces[spec.name].append(
+                    method.baseline(spec, count, seed=seed, preprocess=model.preprocess, offset=offset, stream=stream)
+                )
+            task.advance(count)
+    return {name: np.concatenate(parts) for name, parts in pieces.items()}
+
+
+def _optimise(
+    method: Method,
+    model: Model,
+    network: SynthesisNetwork,
+    recipe: Recipe,
+    resolved: Mapping[str, Any],
+    images: int,
+    seed: int,
+    device: torch.device,
+    batch_size: int | None,
+    workdir: Path | None,
+    resume: bool,
+    progress: Progress,
+    notes: list[str],
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any], float]:
+    spec = model.inputs[0]
+    shape = spec.with_batch(1)[1:]
+    space = InputSpace.of(spec, model.preprocess, device)
+    objective = Objective(recipe, network, spec, space, device=device)
+    largest, piece, note = _sizes(objective, shape, batch_size or recipe.batch_size, device)
+    if note:
+        notes.append(note)
+        progress.say(note)
+    objective.piece = piece
+    sizes = batch_sizes(images, largest)
+    run = {
+        "model": model.digest,
+        "method": method.name,
+        "parameters": dict(resolved),
+        "preprocess": {key: _plain(getattr(model.preprocess, key, None)) for key in ("mean", "std", "raw_pixels")},
+        "seed": seed,
+        "images": images,
+        "batches": sizes,
+        "piece": piece,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    checkpoint = Checkpoint(workdir, run, resume=resume)
+    finished: list[tuple[Tensor, dict[str, Any]]] = []
+    with (
+        deterministic(),
+        _Interrupts() as interrupts,
+        progress.task(f"{method.name}: {images} images", len(sizes) * recipe.steps) as task,
+    ):
+        for index, size in enumerate(sizes):
+            found = checkpoint.load_batch(index)
+            if found is None:
+                batch = BatchRun(objective, (size, *shape), seed, index)
+                found = _one_batch(batch, checkpoint, interrupts, task, f"{index + 1}/{len(sizes)}")
+            else:
+                task.advance(recipe.steps)
+            finished.append((found[0]["images"], found[1]))
+    outcome = {
+        "recipe": describe(recipe),
+        "outcome": {
+            "batches": sizes,
+            "steps": [plain["step"] for _, plain in finished],
+            "first": [plain["first"] for _, plain in finished],
+            "last": [plain["values"] for _, plain in finished],
+            "batch_norms": len(network.layers),
+            "folded": network.folded,
+            "threads": torch.get_num_threads(),
+        },
+    }
+    notes.append(_summary(recipe, [plain for _, plain in finished]))
+    checkpoint.remove()
+    made = torch.cat([tensor for tensor, _ in finished]).numpy().astype(spec.dtype, copy=False)
+    return {spec.name: made}, outcome, sum(plain["seconds"] for _, plain in finished)
+
+
+def _one_batch(
+    batch: BatchRun, checkpoint: Checkpoint, interrupts: _Interrupts, task: Task, title: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Bring one batch to its end, from where a checkpoint left it."""
+    steps = batch.objective.recipe.steps
+    before, first = 0.0, dict[str, float]()
+    state = checkpoint.load_current(batch.index)
+    if state is not None:
+        batch.load(*state)
+        before, first = state[1]["seconds"], state[1]["first"]
+        task.advance(batch.step)
+    started = saved = time.monotonic()
+    whole = True
+
+    def record() -> dict[str, Any]:
+        return {"seconds": before + time.monotonic() - started, "first": first}
+
+    def keep() -> None:
+        tensors, plain = batch.state()
+        checkpoint.save_current(tensors, {**plain, **record()})
+
+    try:
+        while not batch.finished:
+            whole = False
+            values = batch.advance()
+            first = first or values
+            whole = True
+            task.advance(1, batch=title, **values)
+            if interrupts.asked:
+                raise KeyboardInterrupt
+            if checkpoint.folder is not None and time.monotonic() - saved > _SAVE_EVERY:
+                keep()
+                saved = time.monotonic()
+    except KeyboardInterrupt as interrupt:
+        if whole:  # in the middle of a step the state is torn; the latest checkpoint stands
+            keep()
+        where = checkpoint.folder
+        raise InterruptedRunError(
+            f"interrupted in batch {title} at step {batch.step} of {steps}"
+            + ("" if where is None else "; what was done is kept"),
+            where=None if where is None else str(where),
+            remedy="start again (there was no folder to keep the state in)"
+            if where is None
+            else "run the same command with --resume to go on; the result will be the same as without the interruption",
+        ) from interrupt
+    task.advance(steps - batch.step)
+    _, plain = batch.state()
+    found = {"images": batch.images()}, {**plain, **record()}
+    checkpoint.save_batch(batch.index, *found)
+    return found
+
+
+def _summary(recipe: Recipe, batches: Sequence[Mapping[str, Any]]) -> str:
+    steps = [batch["step"] for batch in batches]
+    early = sum(count < recipe.steps for count in steps)
+    first = float(np.mean([batch["first"].get("loss", math.nan) for batch in batches]))
+    last = float(np.mean([batch["values"].get("loss", math.nan) for batch in batches]))
+    text = (
+        f"batch-norm distance (mean over {len(batches)} batches) {first:.4g} at the first step, {last:.4g} at the last"
+    )
+    if early and recipe.stop is not None:
+        text += (
+            f"; {early} of {len(batches)} batches ended early, after {min(steps)} to {max(steps)} of at most {recipe.steps} "
+            f"steps, when the loss had not fallen by {recipe.stop.threshold:.1%} for {recipe.stop.patience} steps"
+        )
+    return text
+
+
+def _sizes(
+    objective: Objective, shape: tuple[int, ...], wanted: int, device: torch.device
+) -> tuple[int, int | None, str | None]:
+    """Largest batch and piece for this network and machine, and a note when memory made the batch smaller.
+
+    Both depend on the network, the thread count and the machine's total memory only, not on what is free at the moment.
+    """
+    kept = _probe(objective, shape, device)
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
+    fits = max(1, int(_MEMORY_SHARE * total / max(kept, 1)))
+    if objective.recipe.loss.separable:
+        piece = fits if device.type == "cuda" else max(_SMALLEST_PIECE, _PIECE_BYTES // kept)
+        return wanted, min(piece, fits), None
+    if wanted <= fits:
+        return wanted, None, None
+    note = (
+        f"batches of {fits} images instead of {wanted}: the gradient of one image keeps {kept / 2**20:.0f} MiB, and "
+        f"{_MEMORY_SHARE:.0%} of {total / 2**30:.1f} GiB of memory is used at most"
+    )
+    return fits, None, note
+
+
+def _probe(objective: Objective, shape: tuple[int, ...], device: torch.device) -> int:
+    """Bytes that the gradient of one image keeps, from a forward pass over two."""
+    seen: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in objective.twin.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+        return tensor
+
+    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    if noise.dim() == 4:
+        noise = noise.to(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = objective.losses(noise.requires_grad_(), torch.Generator().manual_seed(0))
+    del losses
+    # Gradients, temporaries and the allocator's slack come on top of what is kept.
+    return int(1.5 * sum(seen.values()) / 2) + 1
+
+
+def _memory() -> int:
+    """Memory of this machine, or of the container it is running in."""
+    total = int(psutil.virtual_memory().total)
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(name).read_text()))
+    return total
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, np.ndarray)) else value
+
+
+class _Interrupts:
+    """Ctrl-C is noted and answered between two steps, where the state is whole; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
