@@ -1,0 +1,36 @@
+"""What this runtime offers, under the names that every runtime uses (see :class:`zsq_deploy.backends.Backend`)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from zsq_deploy.backends.onnxruntime.calibrators import calibrate
+from zsq_deploy.backends.onnxruntime.choose import Choice, candidates, choose
+from zsq_deploy.backends.onnxruntime.lint import Finding, lint
+from zsq_deploy.backends.onnxruntime.options import BuildOptions
+from zsq_deploy.backends.onnxruntime.quantizer import build
+from zsq_deploy.backends.onnxruntime.runner import float_modes, missing_features, runner
+from zsq_deploy.backends.onnxruntime.summary import summarize
+
+__all__ = [
+    "BuildOptions",
+    "Choice",
+    "Finding",
+    "build",
+    "calibrate",
+    "candidates",
+    "choose",
+    "float_modes",
+    "integer_reference",
+    "lint",
+    "missing_features",
+    "runner",
+    "summarize",
+]
+
+
+def integer_reference(engine: Any, *, threads: int = 1) -> Any:
+    """The exact integer reference of an engine (see :mod:`zsq_deploy.backends.onnxruntime.integer`)."""
+    module = importlib.import_module("zsq_deploy.backends.onnxruntime.integer")
+    return module.IntegerReference(engine, threads=threads)

@@ -1,0 +1,132 @@
+"""What a user, a search or a recipe can choose when an ONNX Runtime engine is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zsq_deploy.artifact import digest_bytes, digest_json
+from zsq_deploy.errors import UsageError
+
+__all__ = ["LOSSY_OPS", "MAC_OPS", "WIDE_OPS", "BuildOptions"]
+
+MAC_OPS: tuple[str, ...] = ("Conv", "Gemm", "MatMul")
+"""Operators that multiply and accumulate, and that have an integer kernel."""
+
+WIDE_OPS: tuple[str, ...] = (
+    *MAC_OPS,
+    "Add",
+    "Mul",
+    "Concat",
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Resize",
+    "Pad",
+    "Slice",
+    "Split",
+    "Gather",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+)
+"""Operators whose integer kernel (or movement of 8-bit values) neither costs accuracy out of proportion nor time."""
+
+LOSSY_OPS: tuple[str, ...] = ("Sigmoid", "Softmax", "Where")
+"""Operators with an integer kernel whose 8-bit output is often too coarse; only a measurement should add them."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is made. Two builds with equal options, ranges and models give equal files.
+
+    Attributes:
+        op_types: Operator types to quantize; ``None`` takes :data:`WIDE_OPS`.
+        exclude: Names of nodes (of the folded graph) that stay in float.
+        mac_outputs: Quantize what matrix products (Gemm, MatMul) give out. ``False`` keeps it in float unless the next
+            quantized operator reads it: more accurate where float operators follow, as in transformers.
+        quantize_outputs: Also quantize the network's outputs. The default leaves them in float: no Q/DQ behind the last
+            matrix product, so that 8-bit logits cannot tie.
+        share_concat: Give all inputs of a concatenation its output's range, so that they are rounded once and not twice.
+        float_readers: Connect float operators to float values where those exist (a residual that reads the input image).
+            ``False`` lets them read the rounded value, as the integer operators do; a denoiser that subtracts the noise from its
+            own input is better off so.
+        weight_method: How weight scales are found: ``minmax`` or ``mse``.
+        biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
+        weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
+        weight_scales: Learned weight scales per output channel: initializer name -> float array.
+        bits: ``w8a8``.
+        label: Short name in reports.
+    """
+
+    op_types: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    mac_outputs: bool = True
+    quantize_outputs: bool = False
+    share_concat: bool = True
+    float_readers: bool = True
+    weight_method: str = "minmax"
+    biases: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    weights: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    weight_scales: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    bits: str = "w8a8"
+    label: str = "wide"
+
+    def __post_init__(self) -> None:
+        if self.bits.lower() != "w8a8":
+            raise UsageError(
+                f"the ONNX Runtime backend builds w8a8 engines; {self.bits!r} comes with low-bit support",
+                where="--bits",
+                remedy="use --bits w8a8",
+            )
+        if self.weight_method not in ("minmax", "mse"):
+            raise UsageError(
+                f"unknown method for weight scales: {self.weight_method!r}",
+                where="BuildOptions.weight_method",
+                remedy="choose minmax or mse",
+            )
+
+    def with_(self, **changes: Any) -> BuildOptions:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The operator types to quantize."""
+        return WIDE_OPS if self.op_types is None else self.op_types
+
+    def describe(self) -> dict[str, Any]:
+        """The options as JSON values; arrays are named by their digest."""
+        return {
+            "label": self.label,
+            "bits": self.bits,
+            "op_types": list(self.ops),
+            "exclude": list(self.exclude),
+            "mac_outputs": self.mac_outputs,
+            "quantize_outputs": self.quantize_outputs,
+            "share_concat": self.share_concat,
+            "float_readers": self.float_readers,
+            "weight_method": self.weight_method,
+            "corrected_biases": {name: _digest(array) for name, array in sorted(self.biases.items())},
+            "replaced_weights": {name: _digest(array) for name, array in sorted(self.weights.items())},
+            "learned_scales": {name: _digest(array) for name, array in sorted(self.weight_scales.items())},
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything chosen."""
+        return digest_json(self.describe())
+
+
+def _digest(array: npt.NDArray[Any]) -> str:
+    data = np.ascontiguousarray(array)
+    return digest_bytes(f"{data.dtype.str}{data.shape}".encode() + data.tobytes())

@@ -1,0 +1,356 @@
+"""Building an engine: ONNX Runtime's ``quantize_static`` quantizes, with ranges, nodes and weight scales that were decided here.
+
+1. Corrected biases and replaced weights are put in; the graph is rewritten (exactly) into the patterns that have integer kernels.
+2. The nodes to quantize are chosen; every tensor that they touch gets its range; both are handed over.
+3. The quantizer's graph is tidied: no Q/DQ where a float consumer could have the float value, none behind the last matrix product,
+   zero padding moved onto the integer side, operator set and IR version stamped on purpose.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+from zsq_deploy import __version__
+from zsq_deploy.artifact import atomic_path, digest_file, write_json
+from zsq_deploy.backends.base import Engine, Target
+from zsq_deploy.backends.onnxruntime.cache import tensor_ranges, write_cache
+from zsq_deploy.backends.onnxruntime.calibrators import METHODS, calibrate
+from zsq_deploy.backends.onnxruntime.options import BuildOptions
+from zsq_deploy.backends.onnxruntime.placement import Placement, place
+from zsq_deploy.backends.onnxruntime.prepare import Prepared, prepare, replace_initializers
+from zsq_deploy.backends.onnxruntime.targets import weight_limit
+from zsq_deploy.backends.onnxruntime.tidy import tidy
+from zsq_deploy.errors import CalibrationError, EngineError, StaleArtifactError, UsageError
+from zsq_deploy.model.graph import Graph, attributes
+from zsq_deploy.progress import SILENT, Progress
+
+__all__ = ["BuildOptions", "build", "quantize_graph"]
+
+Array = npt.NDArray[Any]
+
+
+def build(
+    model: Any,
+    ranges: Any,
+    target: Target,
+    folder: Path,
+    *,
+    options: BuildOptions | None = None,
+    calibration: Any = None,
+    progress: Progress = SILENT,
+) -> Engine:
+    """Turn a model and its ranges into an engine.
+
+    Args:
+        model: The :class:`~zsq_deploy.model.Model`.
+        ranges: A :class:`~zsq_deploy.quant.Ranges` of ``model.folded().graph``, or the name of one of ONNX Runtime's own
+            calibrators (``ort-minmax``, ``ort-entropy``, ``ort-percentile``), which then reads `calibration`.
+        target: What to build for.
+        folder: Where the files go: ``engine.onnx``, ``float.onnx``, the calibration cache and ``manifest.json``.
+        options: What to quantize and how.
+        calibration: The calibration set; only needed for ONNX Runtime's own calibrators, checked against the model otherwise.
+        progress: Watches.
+
+    Returns:
+        The engine. Its Q/DQ graph and the file that runs are the same.
+
+    Raises:
+        StaleArtifactError: Ranges, set or a cache in `folder` belong to another model.
+        CalibrationError: A tensor has no range, or the set is missing.
+        EngineError: Nothing can be quantized, or ONNX Runtime's quantizer gave up.
+    """
+    options = options or BuildOptions()
+    folder = Path(folder)
+    folded: Graph = model.folded().graph
+    _check_digests(model, folded, ranges, calibration)
+    unknown = [name for name in options.exclude if name not in folded]
+    if unknown:
+        raise UsageError(
+            f"nodes to exclude are not in the network: {', '.join(unknown[:5])}",
+            where="exclude",
+            remedy="take the names from `zsq inspect`",
+        )
+    with progress.task(f"quantize for {target.name}", 4) as task:
+        float_path = folder / "float.onnx"
+        _save(folded.proto, float_path)
+        task.advance(step="prepare")
+        corrected = replace_initializers(folded, options.biases, options.weights)
+        prepared = prepare(corrected)
+        placement = place(prepared.graph, options)
+        task.advance(step="ranges")
+        if isinstance(ranges, str):
+            ranges = _own_calibrators(model, ranges, folded, calibration, progress)
+        cache = folder / "calibration_cache.json"
+        found = tensor_ranges(prepared.graph, placement, ranges, prepared.aliases, options)
+        binding = write_cache(cache, prepared.graph, found, ranges, model.digest)
+        task.advance(step="quantize_static")
+        engine_path = folder / "engine.onnx"
+        proto = quantize_graph(prepared, placement, found, cache, target, options)
+        _save(proto, engine_path)
+        choices = {
+            **options.describe(),
+            "ranges": binding["ranges_method"],
+            "ranges_digest": binding["ranges_digest"],
+            "set_digest": binding["set_digest"],
+            "nodes_quantized": len(placement.nodes),
+            "float_nodes": dict(placement.skipped),
+            "rewrites": list(prepared.rewrites),
+        }
+        write_json(
+            folder / "manifest.json",
+            {
+                "schema_version": 1,
+                "target": target.name,
+                "model": {"name": model.name, "digest": model.digest},
+                "engine": {"file": engine_path.name, "sha256": digest_file(engine_path)},
+                "float": {"file": float_path.name, "sha256": digest_file(float_path)},
+                "cache": binding,
+                "choices": choices,
+                "versions": {
+                    "zsq-deploy": __version__,
+                    "onnxruntime": onnxruntime.__version__,
+                    "onnx": onnx.__version__,
+                    "numpy": np.__version__,
+                },
+            },
+        )
+        task.advance(step="done")
+    return Engine(path=engine_path, qdq_path=engine_path, target=target, float_path=float_path, choices=choices)
+
+
+def _own_calibrators(model: Any, method: str, folded: Graph, calibration: Any, progress: Progress) -> Any:
+    if method not in METHODS:
+        raise UsageError(
+            f"unknown calibrator {method!r}",
+            where="ranges",
+            remedy=f"choose one of {', '.join(METHODS)}, or give ranges",
+        )
+    if calibration is None:
+        raise CalibrationError(
+            f"{method} reads a calibration set, and none was given",
+            where="calibration",
+            remedy="synthesize one first (`zsq synth`)",
+        )
+    return calibrate(folded, calibration, method, progress=progress, model_digest=model.digest)
+
+
+def _check_digests(model: Any, folded: Graph, ranges: Any, calibration: Any) -> None:
+    known = {model.digest, folded.digest}
+    stated = "" if isinstance(ranges, str) else str(getattr(ranges, "model_digest", "") or "")
+    if stated and stated not in known:
+        raise StaleArtifactError(
+            "these ranges were measured on another network",
+            where=f"ranges of model {stated[:12]}..., network {model.name} is {model.digest[:12]}...",
+            remedy="collect the ranges again for this network",
+        )
+    if calibration is None:
+        return
+    manifest = getattr(calibration, "manifest", None)
+    made_for = str(getattr(manifest, "model_digest", "") or "")
+    if made_for and made_for not in known:
+        raise StaleArtifactError(
+            "this calibration set was synthesized from another network",
+            where=f"set of model {made_for[:12]}..., network {model.name} is {model.digest[:12]}...",
+            remedy="synthesize a set from this network (`zsq synth`)",
+        )
+    used = "" if isinstance(ranges, str) else str(getattr(ranges, "set_digest", "") or "")
+    if used and used != calibration.digest:
+        raise StaleArtifactError(
+            "the ranges were measured on another calibration set than the one given",
+            where=f"ranges of set {used[:12]}..., given {calibration.digest[:12]}...",
+            remedy="collect the ranges again on this set",
+        )
+
+
+def _save(proto: onnx.ModelProto, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _quiet_quantizer() -> Iterator[None]:
+    """Keep the quantizer's remarks (it logs to the root logger) out of the user's terminal."""
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return "onnxruntime" not in record.pathname
+
+    root = logging.getLogger()
+    root.addFilter(foreign)
+    try:
+        yield
+    finally:
+        root.removeFilter(foreign)
+
+
+def quantize_graph(
+    prepared: Prepared,
+    placement: Placement,
+    found: Mapping[str, tuple[float, float]],
+    cache: Path,
+    target: Target,
+    options: BuildOptions,
+) -> onnx.ModelProto:
+    """Run ``quantize_static`` on a prepared graph and tidy what it gives.
+
+    Raises:
+        EngineError: The quantizer raised an error; its message is passed on.
+    """
+    graph = prepared.graph
+    source = graph.editable()
+    add_pre_process_metadata(source)  # our own preparation stands in for quant_pre_process
+    activation = QuantType.QInt8 if target.activation.signed else QuantType.QUInt8
+    extra: dict[str, Any] = {
+        "ActivationSymmetric": target.activation.symmetric,
+        "WeightSymmetric": True,
+        "TensorQuantOverrides": _weight_overrides(graph, placement, found, target, options),
+    }
+    if not options.mac_outputs:
+        extra["OpTypesToExcludeOutputQuantization"] = ["Gemm", "MatMul"]
+    _clip_weights(source, extra["TensorQuantOverrides"], target)
+    types = sorted({graph.node(name).op_type for name in placement.nodes})
+    with tempfile.TemporaryDirectory(prefix="zsq-ort-") as scratch, _quiet_quantizer():
+        raw = Path(scratch) / "engine.onnx"
+        try:
+            quantize_static(
+                source,
+                raw,
+                None,
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=types,
+                nodes_to_quantize=list(placement.nodes),
+                per_channel=True,
+                reduce_range=target.weight.reduced,
+                activation_type=activation,
+                weight_type=QuantType.QInt8,
+                extra_options=extra,
+                calibration_cache_path=cache,
+            )
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime's quantizer stopped: {type(error).__name__}: {str(error)[:400]}",
+                where=f"target {target.name}, {len(placement.nodes)} nodes",
+                remedy="exclude the node that the message names, or report this with the model",
+            ) from error
+        quantized = onnx.load(raw)
+    return tidy(
+        quantized,
+        graph,
+        placement,
+        target,
+        quantize_outputs=options.quantize_outputs,
+        float_readers=options.float_readers,
+    )
+
+
+def _weight_axis(node: onnx.NodeProto) -> int:
+    if node.op_type == "Gemm":
+        return 0 if attributes(node).get("transB", 0) else 1
+    return 1 if node.op_type == "MatMul" else 0
+
+
+def _weight_overrides(
+    graph: Graph,
+    placement: Placement,
+    found: Mapping[str, tuple[float, float]],
+    target: Target,
+    options: BuildOptions,
+) -> dict[str, list[dict[str, Any]]]:
+    """Weight scales where ONNX Runtime's own (largest magnitude / 127) are not what is wanted.
+
+    That is: other methods, learned scales, channels without any weight (their scale would become 1, and their bias as coarse as
+    the input's step), and matrices of more than two dimensions (one scale for all, as the kernel wants).
+    """
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    limit = weight_limit(target) if target.weight.reduced else target.weight.qmax
+    for name in placement.nodes:
+        node = graph.node(name)
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        key = node.input[1]
+        weight = graph.constant(key)
+        if weight is None:
+            continue
+        if node.op_type == "MatMul" and weight.ndim != 2:
+            if weight.ndim > 2:
+                overrides[key] = [{"quant_type": QuantType.QInt8, "symmetric": True}]
+            continue
+        axis = _weight_axis(node)
+        rows = np.moveaxis(weight.astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)
+        peak = np.abs(rows).max(axis=1) if rows.shape[1] else np.zeros(rows.shape[0])
+        scales = peak / limit
+        special = False
+        if options.weight_method == "mse":
+            scales, special = _mse_scales(weight, axis, target, scales), True
+        if key in options.weight_scales:
+            given = np.asarray(options.weight_scales[key], np.float64).reshape(-1)
+            if given.size != scales.size or not np.isfinite(given).all() or (given <= 0).any():
+                raise UsageError(
+                    f"the learned scales of {key!r} do not fit: {given.size} values for {scales.size} channels",
+                    where=key,
+                    remedy="give one positive scale for each output channel",
+                )
+            scales, special = given, True
+        empty = peak == 0
+        if empty.any():
+            scales = np.where(empty, _empty_scale(graph, node, found, scales, empty), scales)
+            special = True
+        if special:
+            overrides[key] = [
+                {
+                    "axis": axis,
+                    "scale": np.array(scale, np.float32),
+                    "zero_point": np.array(0, np.int8),
+                    "quant_type": QuantType.QInt8,
+                }
+                for scale in scales
+            ]
+    return overrides
+
+
+def _empty_scale(
+    graph: Graph, node: onnx.NodeProto, found: Mapping[str, tuple[float, float]], scales: Array, empty: Array
+) -> Array:
+    """Scales for channels whose weights are all zero: fine enough for the bias, far from int32 overflow."""
+    usual = float(np.median(scales[~empty])) if (~empty).any() else 1.0
+    result = np.full(scales.shape, usual)
+    bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if bias is not None and bias.size == scales.size:
+        low, high = found.get(node.input[0], (0.0, 1.0))
+        step = max((max(high, 0.0) - min(low, 0.0)) / 255, 1e-30)
+        result = np.maximum(result, np.abs(bias.reshape(-1).astype(np.float64)) / (step * 2.0**28))
+    return np.maximum(result, float(np.finfo(np.float32).tiny))
+
+
+def _mse_scales(weight: Array, axis: int, target: Target, fallback: Array) -> Array:
+    from zsq_deploy.quant import weight_qparams
+
+    found = weight_qparams(weight, target.weight, axis, method="mse")
+    scale = np.asarray(found.scale, np.float64).reshape(-1)
+    return scale if scale.size == fallback.size else fallback
+
+
+def _clip_weights(proto: onnx.ModelProto, overrides: Mapping[str, list[dict[str, Any]]], target: Target) -> None:
+    """Cut weights to what their overridden scale can hold: with an override the quantizer would use the code -128 as well."""
+    limit = weight_limit(target) if target.weight.reduced else target.weight.qmax
+    for tensor in proto.graph.initializer:
+        channels = overrides.get(tensor.name)
+        if not channels or "axis" not in channels[0]:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        shape = [1] * values.ndim
+        shape[channels[0]["axis"]] = -1
+        bound = (np.array([c["scale"] for c in channels], np.float64) * limit).reshape(shape)
+        cut = np.clip(values, -bound, bound).astype(values.dtype)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(cut, tensor.name))
