@@ -26,9 +26,10 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from zsq_deploy.backends.base import Target
+from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.onnxruntime.kernels import KERNELS, Arithmetic, Kernel, NodeSpec, arithmetic_here
-from zsq_deploy.errors import DataError, EngineError, UnsupportedOpError
+from zsq_deploy.backends.onnxruntime.runner import open_session, session_options
+from zsq_deploy.errors import DataError, EngineError, UnsupportedOpError, UsageError
 from zsq_deploy.model.graph import Graph, attributes
 
 __all__ = ["Divergence", "IntegerReference", "ReferenceNode", "optimized_graph"]
@@ -73,17 +74,9 @@ class Divergence:
     largest: float
 
 
-def session_options(target: Target, threads: int, *, optimize: bool) -> ort.SessionOptions:
-    """Session options of the target, at the runtime's full optimization or none."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.graph_optimization_level = (
-        ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimize else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )
-    for key, value in target.session.items():
-        options.add_session_config_entry(key, value)
+def _unfused(options: ort.SessionOptions) -> ort.SessionOptions:
+    """The same options with the graph taken as it is: what was fused stays fused, nothing else changes."""
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 
@@ -95,18 +88,10 @@ def optimized_graph(engine_path: Path, target: Target) -> Graph:
     """
     with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
         written = Path(folder) / "optimized.onnx"
-        options = session_options(target, 1, optimize=True)
+        options = session_options(target)
         options.optimized_model_filepath = str(written)
-        try:
-            ort.InferenceSession(str(engine_path), options, providers=["CPUExecutionProvider"])
-            proto = onnx.load(str(written))
-        except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime cannot load the engine: {error}",
-                where=str(engine_path),
-                remedy="build the engine again; if it was copied, check that the whole file arrived",
-            ) from error
-    return Graph(proto)
+        open_session(engine_path, options)
+        return Graph(onnx.load(str(written)))
 
 
 @contextmanager
@@ -170,8 +155,8 @@ class IntegerReference:
     """Evaluates an engine file in exact integer arithmetic.
 
     Args:
-        engine_path: The Q/DQ file that the runtime loads.
-        target: What it was built for; its session options decide which fusions happen.
+        engine: The engine, or the Q/DQ file that the runtime loads.
+        target: What it was built for; its session options decide which fusions happen. Taken from `engine` by default.
         threads: Threads for our arithmetic and for the runtime's float kernels (results do not depend on it).
         arithmetic: Rounding rules. Default: those of this machine, so that the comparison is with the engine as it runs here;
             :func:`arithmetic_for` gives those of a target's CPU.
@@ -189,17 +174,30 @@ class IntegerReference:
     """
 
     def __init__(
-        self, engine_path: Path, target: Target, *, threads: int = 1, arithmetic: Arithmetic | None = None
+        self,
+        engine: Path | str | Engine,
+        target: Target | None = None,
+        *,
+        threads: int = 1,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.path = Path(engine_path)
+        if target is None:
+            if not isinstance(engine, Engine):
+                raise UsageError(
+                    "an engine file alone does not say what it was built for",
+                    where=str(engine),
+                    remedy="give the target as well",
+                )
+            target = engine.target
+        self.path = engine.path if isinstance(engine, Engine) else Path(engine)
         self.target = target
         self.threads = threads
         self.arithmetic = arithmetic if arithmetic is not None else arithmetic_here()
         self.graph = optimized_graph(self.path, target)
         self.input_names: tuple[str, ...] = tuple(spec.name for spec in self.graph.inputs)
         self.output_names: tuple[str, ...] = tuple(spec.name for spec in self.graph.outputs)
-        self._options = session_options(target, threads, optimize=False)
+        self._options = _unfused(session_options(target, threads=threads))
         self._constants: dict[str, Array] = {}
         for name in self.graph.initializer_names:
             array = self.graph.constant(name)

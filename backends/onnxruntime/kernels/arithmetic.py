@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 if TYPE_CHECKING:
     from zsq_deploy.backends.base import Target
@@ -71,6 +72,19 @@ class Arithmetic:
         """The factor of a requantization, ``f(f(sa * sb) / sy)``; `b_scale` may hold one value a channel."""
         product = np.asarray(a_scale, F32) * np.asarray(b_scale, F32)
         return np.asarray(product / np.asarray(y_scale, F32), F32)
+
+    def requantize(self, accumulator: torch.Tensor, multiplier: Array, zero_point: int, dtype: npt.DTypeLike) -> Array:
+        """``sat(rint(f(f(acc) * multiplier)) + zp)``, with the multiplier along the last axis.
+
+        The int32 accumulator is rounded to float32 first, the product is clamped to the range of the type less the zero point,
+        then rounded half to even; the zero point is added as an integer.
+        """
+        limits = np.iinfo(np.dtype(dtype))
+        scaled = accumulator.to(torch.float32)
+        scaled.mul_(torch.from_numpy(np.atleast_1d(multiplier).astype(F32)))
+        scaled.clamp_(limits.min - zero_point, limits.max - zero_point).round_().add_(zero_point)
+        kind = torch.int8 if np.dtype(dtype) == np.int8 else torch.uint8
+        return np.asarray(scaled.to(kind).numpy())
 
     def quantize(self, x: Array, scale: Array | Any, zero_point: Array | Any, dtype: npt.DTypeLike) -> Array:
         """``sat(rint(f(x / scale)) + zp)``; NaN becomes the smallest code, as the vector instructions make it."""

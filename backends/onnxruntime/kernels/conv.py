@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from zsq_deploy.backends.onnxruntime.kernels.accumulate import ConvShape, Weights, convolve
@@ -14,7 +13,7 @@ from zsq_deploy.backends.onnxruntime.kernels.base import Array, Inputs, Kernel, 
 from zsq_deploy.errors import EngineError
 from zsq_deploy.quant.integer import conv_padding
 
-__all__ = ["ConvInteger", "QLinearConv", "add_bias", "requantize"]
+__all__ = ["ConvInteger", "QLinearConv", "add_bias"]
 
 
 def geometry(node: NodeSpec, spatial: tuple[int, ...], kernel_shape: tuple[int, ...]) -> ConvShape:
@@ -34,23 +33,7 @@ def add_bias(accumulator: torch.Tensor, bias: Array | None) -> torch.Tensor:
     """Add an int32 bias along the last axis (or a full matrix), wrapping as int32 does."""
     if bias is None:
         return accumulator
-    return accumulator + torch.from_numpy(np.ascontiguousarray(bias.astype(np.int32)))
-
-
-def requantize(
-    accumulator: torch.Tensor, multiplier: npt.NDArray[np.float32], zero_point: int, dtype: npt.DTypeLike
-) -> Array:
-    """``sat(rint(f(f(acc) * multiplier)) + zp)``, with the multiplier along the last axis.
-
-    The int32 accumulator is rounded to float32 first, the product is clamped to the range of the type less the zero point,
-    then rounded half to even; the zero point is added as an integer.
-    """
-    limits = np.iinfo(np.dtype(dtype))
-    scaled = accumulator.to(torch.float32)
-    scaled.mul_(torch.from_numpy(np.atleast_1d(multiplier).astype(np.float32)))
-    scaled.clamp_(limits.min - zero_point, limits.max - zero_point).round_().add_(zero_point)
-    kind = torch.int8 if np.dtype(dtype) == np.int8 else torch.uint8
-    return np.asarray(scaled.to(kind).numpy())
+    return accumulator + torch.from_numpy(bias.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -128,7 +111,7 @@ class QLinearConv(_Conv):
                 scalar(inputs[6], "scale of the output", node),
             ),
         )
-        y = requantize(accumulator, multiplier, y_zero, x.dtype)
+        y = self.arithmetic.requantize(accumulator, multiplier, y_zero, x.dtype)
         return [y if last else np.ascontiguousarray(np.moveaxis(y, -1, 1))]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from zsq_deploy.backends.onnxruntime.kernels.accumulate import Weights, matmul, saturating_matmul
 from zsq_deploy.backends.onnxruntime.kernels.base import Array, Inputs, Kernel, kernel, need, scalar
-from zsq_deploy.backends.onnxruntime.kernels.conv import add_bias, requantize
+from zsq_deploy.backends.onnxruntime.kernels.conv import add_bias
 from zsq_deploy.errors import EngineError
 
 __all__ = ["DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
@@ -91,7 +91,7 @@ class QLinearMatMul(_MatMul):
             raise EngineError(
                 f"{node.name} has one scale a matrix and column", where=node.proto.name, remedy="use one a column"
             )
-        return [requantize(total, multiplier, int(scalar(inputs[7], "zero point of y", node)), a.dtype)]
+        return [self.arithmetic.requantize(total, multiplier, int(scalar(inputs[7], "zero point of y", node)), a.dtype)]
 
 
 @kernel("com.microsoft.QGemm")
@@ -119,7 +119,11 @@ class QGemm(_MatMul):
             factor = (a_scale * b_scale).astype(F32)
             return [np.asarray((total.to(torch.float32) * torch.from_numpy(factor)).numpy())]
         multiplier = self.arithmetic.multiplier(a_scale, b_scale, scalar(y_scale, "scale of y", node))
-        return [requantize(total, multiplier, int(scalar(_optional(inputs, 8), "zero point of y", node)), a.dtype)]
+        return [
+            self.arithmetic.requantize(
+                total, multiplier, int(scalar(_optional(inputs, 8), "zero point of y", node)), a.dtype
+            )
+        ]
 
 
 @kernel("MatMulInteger")
@@ -138,7 +142,7 @@ def _to_float(total: torch.Tensor, factor: Array, bias: Array | None) -> Array:
     """``f(f(f(acc) * factor[n]) + bias[n])``: multiplication and addition round separately."""
     value = total.to(torch.float32) * torch.from_numpy(np.atleast_1d(factor.astype(F32)))
     if bias is not None:
-        value = value + torch.from_numpy(np.ascontiguousarray(bias))
+        value = value + torch.from_numpy(np.array(bias, np.float32))
     return np.asarray(value.numpy())
 
 

@@ -9,7 +9,7 @@ import torch
 
 from zsq_deploy.backends.onnxruntime.kernels.accumulate import ConvShape
 from zsq_deploy.backends.onnxruntime.kernels.base import Array, Inputs, Kernel, NodeSpec, kernel, need, scalar
-from zsq_deploy.backends.onnxruntime.kernels.conv import geometry, requantize
+from zsq_deploy.backends.onnxruntime.kernels.conv import geometry
 from zsq_deploy.errors import EngineError
 
 __all__ = ["MaxPool", "NhwcMaxPool", "QLinearAveragePool", "QLinearGlobalAveragePool"]
@@ -49,7 +49,7 @@ class _GlobalAverage(Kernel):
         factor = self.arithmetic.average_multiplier(
             scalar(inputs[1], "scale of x", node), scalar(inputs[3], "scale of y", node), count
         )
-        return requantize(torch.from_numpy(total), np.asarray(factor), y_zero, x.dtype)
+        return self.arithmetic.requantize(torch.from_numpy(total), np.asarray(factor), y_zero, x.dtype)
 
 
 @kernel("com.microsoft.QLinearGlobalAveragePool")
