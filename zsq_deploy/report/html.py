@@ -1,0 +1,451 @@
+"""``report.html``: one page, drawn from ``report.json`` and nothing else, that needs no network and no script."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from zsq_deploy.artifact import atomic_writer
+from zsq_deploy.errors import ZsqError
+from zsq_deploy.report import plots, words
+from zsq_deploy.report.schema import (
+    AccuracySection,
+    ParityNumbers,
+    Report,
+    TargetSection,
+)
+
+__all__ = ["render", "write"]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("zsq_deploy.report", "."),
+        autoescape=True,  # every text of the report comes from a user's model or machine
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=words.percent,
+        points=words.points,
+        times=words.times,
+        ms=words.milliseconds,
+        seconds=words.seconds,
+        bytes=words.bytes_text,
+        count=words.count,
+        short=words.short_count,
+        lsb=words.lsb,
+        db=words.decibel,
+        quality=words.quality,
+        value=_value,
+    )
+    return environment
+
+
+def _value(value: Any) -> str:
+    """A free value of the recipe, the parameters or the machine."""
+    match value:
+        case None:
+            return words.NOTHING
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.6g}"
+        case list() | tuple():
+            return ", ".join(_value(item) for item in value) or words.NOTHING
+        case Mapping():
+            return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or words.NOTHING
+    return str(value)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows ``("a.b", "text")``."""
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        path = f"{prefix}{key}"
+        if isinstance(item, Mapping) and item:
+            rows += _flat(item, f"{path}.")
+        else:
+            rows.append((path, _value(item)))
+    return rows
+
+
+def _slug(text: str, index: int) -> str:
+    return f"t{index}-" + (re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "target")
+
+
+def _card(
+    title: str, figure: str, unit: str, detail: str, *, tone: str = "", badge: str = "", meter: float | None = None
+) -> dict[str, Any]:
+    return {
+        "title": title,
+        "figure": figure,
+        "unit": unit,
+        "detail": detail,
+        "tone": tone,
+        "badge": badge,
+        "meter": None if meter is None else max(0.0, min(1.0, meter)),
+    }
+
+
+def _speed_card(target: TargetSection) -> dict[str, Any]:
+    latency = target.latency
+    if latency.speedup is None or latency.engine is None or latency.float32 is None:
+        why = target.not_measured.get("latency", "not measured")
+        return _card("Speed", words.NOTHING, "", why)
+    ratio = latency.speedup
+    detail = (
+        f"{words.milliseconds(latency.engine.median_ms)} instead of {words.milliseconds(latency.float32.median_ms)}"
+    )
+    if latency.speedup_over_best is not None and latency.float_best and latency.float_best.mode != latency.float32.mode:
+        detail += f"; {words.times(latency.speedup_over_best)} the best float mode"
+    if latency.engine.threads:
+        detail += f"; {latency.engine.threads} thread" + ("s" if latency.engine.threads > 1 else "")
+    unit = "as fast as fp32" if ratio >= 1 else "as fast as fp32: slower"
+    return _card("Speed", words.times(ratio), unit, detail, tone="" if ratio >= 1 else "bad")
+
+
+def _size_card(target: TargetSection) -> dict[str, Any]:
+    engine = target.engine.bytes
+    if target.float_model is None or not engine:
+        return _card("Size", words.bytes_text(engine), "", "the float file was not measured")
+    ratio = target.float_model.bytes / engine
+    detail = f"{words.bytes_text(engine)} instead of {words.bytes_text(target.float_model.bytes)}"
+    unit = "smaller" if ratio >= 1 else "larger"
+    return _card(
+        "Size", words.times(ratio if ratio >= 1 else 1 / ratio), unit, detail, tone="" if ratio >= 1 else "bad"
+    )
+
+
+def _quality_card(accuracy: AccuracySection | None, why: str) -> dict[str, Any]:
+    if accuracy is None or accuracy.engine is None:
+        return _card("Accuracy", words.NOTHING, "", why or "no evaluation data")
+    shown = words.quality(accuracy.engine, accuracy.metric)
+    images = f"{words.count(accuracy.images)} images"
+    if accuracy.metric == "agreement_with_float":
+        detail = f"of {images} get the class that float gives; no labels were given"
+        return _card("Agreement with float", shown, "", detail, badge="estimate", meter=accuracy.engine)
+    if accuracy.metric == "sqnr_db":
+        return _card("Output SQNR", shown, "", f"against float, on {images}", badge="estimate")
+    if accuracy.float_ is None:
+        return _card("Accuracy", shown, "", images)
+    if accuracy.metric == "psnr_db":
+        detail = f"float {words.decibel(accuracy.float_)}; {images}"
+        return _card("PSNR", shown, f"{accuracy.engine - accuracy.float_:+.2f} dB", detail)
+    change = accuracy.engine - accuracy.float_
+    detail = f"float {words.percent(accuracy.float_)}; {images}"
+    paired = accuracy.paired.get("engine")
+    if paired is not None:
+        detail += f"; standard error of the difference {100 * paired.standard_error:.2f} points"
+    tone = "bad" if change < -0.02 else ""
+    return _card("Accuracy", shown, words.points(change), detail, tone=tone, meter=accuracy.engine)
+
+
+def _integer_card(target: TargetSection) -> dict[str, Any]:
+    integer = target.integer
+    if integer.macs_share is None:
+        return _card("Integer arithmetic", words.NOTHING, "", target.not_measured.get("integer", "not measured"))
+    islands = sum(1 for island in integer.float_islands if island.macs)
+    detail = f"{words.percent(integer.time_share, 1)} of kernel time" if integer.time_share is not None else ""
+    if islands:
+        detail += f"; {islands} matrix or convolution {'node' if islands == 1 else 'nodes'} in float"
+    share = integer.macs_share
+    return _card(
+        "Integer arithmetic",
+        words.percent(share),
+        "of multiply-accumulates",
+        detail,
+        tone="" if share == 1 else "bad" if share < 0.9 else "fair",
+        meter=share,
+    )
+
+
+def _exact_card(target: TargetSection) -> dict[str, Any]:
+    exact = target.parity.integer
+    if exact is None or exact.equal_share is None:
+        why = target.not_measured.get("parity.integer", "not compared with exact integer arithmetic")
+        return _card("Bit for bit", words.NOTHING, "", why)
+    detail = f"of {words.count(exact.elements)} outputs equal exact integer arithmetic"
+    if exact.max_lsb:
+        detail += f"; largest difference {words.lsb(exact.max_lsb)} LSB"
+    good = exact.equal_share >= 0.9999
+    return _card(
+        "Bit for bit",
+        words.percent(exact.equal_share),
+        "",
+        detail,
+        tone="" if good else "fair",
+        meter=exact.equal_share,
+    )
+
+
+def _twin_card(target: TargetSection) -> dict[str, Any]:
+    parity = target.parity
+    if parity.within_2_lsb is None:
+        why = target.not_measured.get("parity", "not compared with the fake-quant twin")
+        return _card("As simulated", words.NOTHING, "", why)
+    detail = f"of outputs within 2 LSB of the simulation; largest {words.lsb(parity.max_lsb)} LSB"
+    if parity.top1_agreement is not None:
+        detail += f"; top-1 agreement {words.percent(parity.top1_agreement)}"
+    good = parity.within_2_lsb >= 0.995
+    return _card(
+        "As simulated",
+        words.percent(parity.within_2_lsb),
+        "",
+        detail,
+        tone="" if good else "fair",
+        meter=parity.within_2_lsb,
+    )
+
+
+def _cards(target: TargetSection) -> list[dict[str, Any]]:
+    return [
+        _speed_card(target),
+        _quality_card(target.accuracy, target.not_measured.get("accuracy", "")),
+        _size_card(target),
+        _integer_card(target),
+        _exact_card(target),
+        _twin_card(target),
+    ]
+
+
+def _sentence(report: Report, name: str, target: TargetSection) -> str:
+    """What happened, in one sentence."""
+    parts = [f"{report.model.name} runs on {name} as an integer engine"]
+    latency = target.latency
+    if latency.speedup is not None:
+        parts.append(f"{words.times(latency.speedup)} as fast as fp32")
+    if target.float_model is not None and target.engine.bytes:
+        ratio = target.float_model.bytes / target.engine.bytes
+        parts.append(f"{words.times(ratio)} smaller" if ratio >= 1 else f"{words.times(1 / ratio)} larger")
+    sentence = ", ".join(parts)
+    accuracy = target.accuracy
+    if accuracy is not None and accuracy.engine is not None:
+        if accuracy.metric == "top1" and accuracy.float_ is not None:
+            sentence += f", at {words.percent(accuracy.engine)} accuracy (float: {words.percent(accuracy.float_)})"
+        elif accuracy.metric == "agreement_with_float":
+            sentence += f"; it decides as float does on {words.percent(accuracy.engine)} of the images (an estimate)"
+        elif accuracy.metric == "psnr_db" and accuracy.float_ is not None:
+            sentence += f", at {words.decibel(accuracy.engine)} PSNR (float: {words.decibel(accuracy.float_)})"
+    return sentence + "."
+
+
+def _lead(report: Report) -> str:
+    real = report.calibration.method == "real"
+    images = words.count(report.calibration.images)
+    if real:
+        return f"It was calibrated with {images} real images."
+    if not report.calibration.images:
+        return (
+            f"No image was used to quantize it: its ranges come from the network alone ({report.calibration.method})."
+        )
+    return (
+        f"No training data were used: its {images} calibration images were made from the network alone "
+        f"({report.calibration.method})."
+    )
+
+
+#: The four references in plain words: key in the report, title, explanation.
+REFERENCES = (
+    (
+        "integer",
+        "Exact integer arithmetic",
+        (
+            "The same quantized network, computed in whole numbers with the runtime's own rounding. An engine that equals it bit for "
+            "bit computes exactly what was specified."
+        ),
+    ),
+    (
+        "twin",
+        "Fake-quant twin",
+        (
+            "The simulation of quantization in floating point that methods are developed on. It rounds in float, so a value that lies "
+            "on the border between two codes may fall to the other side."
+        ),
+    ),
+    (
+        "unfused",
+        "Runtime, fusion off",
+        (
+            "The same file in the same runtime without its optimizations. A difference here is what fusing layers into integer kernels "
+            "changed."
+        ),
+    ),
+    (
+        "float",
+        "Float network",
+        "The network before quantization. This is the whole loss that quantization causes; the other three say where it comes from.",
+    ),
+)
+
+
+def _references(target: TargetSection) -> list[dict[str, Any]]:
+    parity = target.parity
+    found: dict[str, ParityNumbers | None] = {
+        "integer": parity.integer,
+        "twin": parity if parity.elements is not None or parity.within_2_lsb is not None else None,
+        "unfused": parity.unfused,
+        "float": parity.float_,
+    }
+    rows = []
+    for key, title, text in REFERENCES:
+        path = "parity" if key == "twin" else f"parity.{key}"
+        why = target.not_measured.get(path, "not measured")
+        rows.append({"title": title, "text": text, "numbers": found[key], "why": why})
+    return rows
+
+
+def _kernels(target: TargetSection) -> list[dict[str, Any]]:
+    integer = target.integer
+    time = sum(kernel.microseconds for kernel in integer.kernels) or 1.0
+    return [{"kernel": kernel, "share": kernel.microseconds / time} for kernel in integer.kernels]
+
+
+def _accuracy_texts(accuracy: AccuracySection) -> list[str]:
+    return [words.quality(value, accuracy.metric) for value in (accuracy.float_, accuracy.reference, accuracy.engine)]
+
+
+def _target(report: Report, name: str, target: TargetSection, index: int) -> dict[str, Any]:
+    slug = _slug(name, index)
+    accuracy = target.accuracy
+    divergence = target.parity.divergence
+    float_bytes = target.float_model.bytes if target.float_model else None
+    texts = (words.bytes_text(target.engine.bytes), words.bytes_text(float_bytes))
+    figures = {
+        "latency": plots.latency_bars(target.latency, f"{slug}-latency"),
+        "accuracy": plots.accuracy_bars(accuracy, f"{slug}-accuracy", _accuracy_texts(accuracy)) if accuracy else None,
+        "size": plots.size_bars(float_bytes, target.engine.bytes, f"{slug}-size", texts),
+        "lsb": plots.lsb_histogram(target.parity.histogram, f"{slug}-lsb") if target.parity.histogram else None,
+        "layers": plots.layer_sqnr(target.layers, f"{slug}-layers"),
+        "growth": plots.growth(divergence.tensors, f"{slug}-growth") if divergence else None,
+    }
+    latency = target.latency
+    return {
+        "name": name,
+        "slug": slug,
+        "data": target,
+        "cards": _cards(target),
+        "sentence": _sentence(report, name, target),
+        "figures": {key: markupsafe.Markup(svg) if svg else None for key, svg in figures.items()},  # noqa: S704 - drawn by us
+        "references": _references(target),
+        "kernels": _kernels(target),
+        "choices": _flat(target.engine.choices),
+        "runners": [
+            (label, numbers)
+            for label, numbers in (
+                ("engine", latency.engine),
+                ("float, best mode", latency.float_best),
+                ("float, fp32", latency.float32),
+                *latency.others.items(),
+            )
+            if numbers is not None
+        ],
+        "weakest": sorted(
+            (row for row in target.layers if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0
+        )[:5],
+    }
+
+
+def _picture(report: Report, folder: Path | None) -> str | None:
+    preview = report.calibration.preview
+    if preview is None:
+        return None
+    if preview.data_uri:
+        return preview.data_uri
+    if not preview.file or folder is None:
+        return None
+    path = (folder / preview.file).resolve()
+    # A report may come from elsewhere: only pictures beside it are taken into the page.
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    content = path.read_bytes()
+    kind = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
+    for start, name in kind.items():
+        if content.startswith(start):
+            return f"data:image/{name};base64," + base64.b64encode(content).decode()
+    raise ZsqError(
+        "the picture of the calibration images is neither PNG nor JPEG", where=str(path), remedy="make the report again"
+    )
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    model = report.model
+    rows = [("Source", model.source), ("Parameters", words.short_count(model.parameters))]
+    rows += [("Multiply-accumulates", words.short_count(model.macs)), ("Graph nodes", words.count(model.nodes))]
+    rows += [("Batch-norm layers", words.count(model.batch_norms))]
+    rows += [
+        (f"{kind} {tensor.name}", "×".join("N" if size is None else str(size) for size in tensor.shape))
+        for kind, tensors in (("Input", model.inputs), ("Output", model.outputs))
+        for tensor in tensors
+    ]
+    if model.preprocess:
+        rows.append(("Preprocessing", _value(model.preprocess)))
+    rows.append(("Digest", model.digest[:16]))
+    return [(key, text) for key, text in rows if text and text != words.NOTHING]
+
+
+def _calibration_facts(report: Report) -> list[tuple[str, str]]:
+    calibration = report.calibration
+    rows = [
+        ("Method", calibration.method),
+        ("Images", words.count(calibration.images)),
+        ("Time", words.seconds(calibration.seconds)),
+        ("Peak memory", words.bytes_text(calibration.peak_rss_bytes)),
+        ("Device", calibration.device),
+        ("Seed", _value(calibration.seed)),
+        ("Ranges", calibration.range_method),
+        ("Time for ranges", words.seconds(calibration.ranges_seconds)),
+    ]
+    return [(key, text) for key, text in rows if text and text != words.NOTHING]
+
+
+def _machine(report: Report) -> list[tuple[str, str]]:
+    machine = dict(report.environment.machine)
+    if isinstance(machine.get("memory_bytes"), int | float):
+        machine["memory"] = words.bytes_text(machine.pop("memory_bytes"))
+    rows = [(key.replace("_", " "), _value(value)) for key, value in machine.items()]
+    rows.append(("threads", _value(report.environment.threads)))
+    rows.append(("python", report.environment.python))
+    rows += sorted(report.environment.versions.items())
+    return [(key, text) for key, text in rows if text and text != words.NOTHING]
+
+
+def render(report: Report, *, folder: Path | None = None) -> str:
+    """The page as text.
+
+    Args:
+        report: What to show.
+        folder: Where the report lies, for a picture that it names by its file.
+    """
+    environment = _environment()
+    style = jinja2.PackageLoader("zsq_deploy.report", ".").get_source(environment, "report.css")[0]
+    ranges = plots.range_bars(report.calibration.ranges, "ranges")
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        style=markupsafe.Markup(style),  # noqa: S704 - our own style sheet
+        targets=[_target(report, name, target, index) for index, (name, target) in enumerate(report.targets.items())],
+        lead=_lead(report),
+        facts=_facts(report),
+        calibration_facts=_calibration_facts(report),
+        parameters=_flat(report.calibration.parameters),
+        picture=_picture(report, folder),
+        ranges=markupsafe.Markup(ranges) if ranges else None,  # noqa: S704 - drawn by us
+        references=REFERENCES,
+        machine=_machine(report),
+        recipe=_flat(report.recipe),
+    )
+
+
+def write(report: Report, path: Path | str) -> None:
+    """Write ``report.html``, atomically."""
+    path = Path(path)
+    text = render(report, folder=path.parent)
+    with atomic_writer(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,122 @@
+"""The report in a terminal: one compact table, a column a target, and the gates below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from zsq_deploy.report import words
+from zsq_deploy.report.schema import LatencyNumbers, Report, TargetSection
+
+__all__ = ["print_summary", "summary"]
+
+_Cell = Callable[[TargetSection], str]
+
+
+def _quality_rows(report: Report) -> list[tuple[str, _Cell]]:
+    metrics = {target.accuracy.metric for target in report.targets.values() if target.accuracy}
+    if not metrics:
+        return []
+    metric = metrics.pop()
+    title = {
+        "top1": "accuracy",
+        "agreement_with_float": "agreement with float",
+        "psnr_db": "PSNR",
+        "sqnr_db": "SQNR against float",
+    }[metric]
+
+    def cell(form: str) -> _Cell:
+        def text(target: TargetSection) -> str:
+            return words.quality(getattr(target.accuracy, form), metric) if target.accuracy else words.NOTHING
+
+        return text
+
+    def agreement(target: TargetSection) -> str:
+        return words.percent(target.accuracy.agreement_with_float.get("engine")) if target.accuracy else words.NOTHING
+
+    estimate = metric in ("agreement_with_float", "sqnr_db")
+    rows = [] if estimate else [(f"{title}, float", cell("float_"))]
+    rows.append((f"{title}, fake-quant twin", cell("reference")))
+    rows.append((f"{title}, engine" + (" (estimate)" if estimate else ""), cell("engine")))
+    if metric == "top1":
+        rows.append(("agreement with float, engine", agreement))
+    return rows
+
+
+def _time(numbers: LatencyNumbers | None) -> str:
+    if numbers is None or numbers.median_ms is None:
+        return words.NOTHING
+    return f"{words.milliseconds(numbers.median_ms)} (p99 {words.milliseconds(numbers.p99_ms)})"
+
+
+def _size(target: TargetSection) -> str:
+    text = words.bytes_text(target.engine.bytes)
+    if target.float_model is not None and target.engine.bytes:
+        text += f" ({words.times(target.float_model.bytes / target.engine.bytes)} smaller)"
+    return text
+
+
+def _exact(target: TargetSection) -> str:
+    return words.percent(target.parity.integer.equal_share) if target.parity.integer else words.NOTHING
+
+
+def _twin(target: TargetSection) -> str:
+    parity = target.parity
+    if parity.within_2_lsb is None:
+        return words.NOTHING
+    return f"{words.percent(parity.within_2_lsb)} (largest {words.lsb(parity.max_lsb)} LSB)"
+
+
+def _integer(target: TargetSection) -> str:
+    integer = target.integer
+    if integer.macs_share is None:
+        return words.NOTHING
+    return f"{words.percent(integer.macs_share)} of MACs, {words.percent(integer.time_share, 1)} of time"
+
+
+def summary(report: Report) -> RenderableType:
+    """The table, the gates and the verdict, for a rich console."""
+    calibration = report.calibration
+    head = Text.assemble((report.model.name, "bold"), f"  ·  {calibration.method}, {calibration.images} images")
+    head.append(f" in {words.seconds(calibration.seconds)}")
+    if calibration.peak_rss_bytes:
+        head.append(f", {words.bytes_text(calibration.peak_rss_bytes)}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in report.targets:
+        table.add_column(escape(name), justify="right")
+    rows: list[tuple[str, _Cell]] = [
+        *_quality_rows(report),
+        ("latency, engine", lambda target: _time(target.latency.engine)),
+        ("latency, best float mode", lambda target: _time(target.latency.float_best)),
+        ("latency, fp32", lambda target: _time(target.latency.float32)),
+        ("speed-up over fp32", lambda target: words.times(target.latency.speedup)),
+        ("file", _size),
+        ("integer kernels", _integer),
+        ("equal to exact integers", _exact),
+        ("within 2 LSB of the twin", _twin),
+        ("top-1 agreement with the twin", lambda target: words.percent(target.parity.top1_agreement)),
+    ]
+    for title, cell in rows:
+        cells = [cell(target) for target in report.targets.values()]
+        if any(text != words.NOTHING for text in cells):
+            table.add_row(title, *(escape(text) for text in cells))
+    parts: list[RenderableType] = [head, table]
+    for gate in report.gates:
+        mark = ("kept    ", "green") if gate.passed else ("not kept", "bold red")
+        parts.append(Text.assemble(mark, f"  {gate.target}: {gate.text}"))
+    for name, target in report.targets.items():
+        parts += [Text(f"{name}: {path} was not measured: {why}", "dim") for path, why in target.not_measured.items()]
+    if report.verdict.passed is not None:
+        parts.append(Text(report.verdict.text, "bold green" if report.verdict.passed else "bold red"))
+    return Group(*parts)
+
+
+def print_summary(report: Report, console: Console | None = None) -> None:
+    """Print the summary."""
+    (console or Console()).print(summary(report), highlight=False)
