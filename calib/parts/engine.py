@@ -62,6 +62,9 @@ class Objective:
         self.recipe, self.network, self.space = recipe, network, space
         self.device, self.dtype = device, dtype
         self.twin = Twin(network.graph, dtype=dtype, device=device)
+        for parameter in self.twin.parameters():
+            if parameter.dim() == 4:  # convolutions on channels-last maps want their weights in the same order
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._input = spec.name
         self.matcher = BNMatcher(
             recipe.loss, network.layers, device=device, dtype=dtype, bounds=network.bounds, owned=network.owned
@@ -205,10 +208,10 @@ class BatchRun:
     def images(self) -> Tensor:
         """The batch as it is now, in the network's input space, on the CPU, plain layout."""
         recipe, space = self.objective.recipe, self.objective.space
-        images = self.parametrisation.images().detach()
+        images = space.to_network(self.parametrisation.images().detach())
         if recipe.clip:
-            images = space.clip(images)
-        return space.to_network(images).to("cpu", torch.float32).contiguous()
+            images = space.bounded(images)
+        return images.to("cpu", torch.float32).contiguous()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that :meth:`load` needs to go on exactly here: tensors, and plain values."""

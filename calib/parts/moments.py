@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zsq_deploy.calib.parts import native
+
 __all__ = ["count_of", "reduced_axes", "watch"]
 
 
@@ -79,23 +81,16 @@ class _Watch(torch.autograd.Function):
         bounds: tuple[float, float] | None,
         own_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rank = y.dim()
-        axes, count = reduced_axes(rank, per_sample), count_of(y.shape, per_sample)
-        work = y - _channels(centre, rank)
-        mean = work.mean(axes) if axes else work.clone()
-        work.square_()
-        square = work.mean(axes) if axes else work.clone()
-        divisor = count - 1 if unbiased else count
-        var = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).mul_(count / max(divisor, 1))
-        mean += centre
+        count = count_of(y.shape, per_sample)
+        divisor = max(count - 1 if unbiased else count, 1)
+        loops = native.kernels() if native.Kernels.fits(y) else None
+        measure = _measure if loops is None else loops.measure
+        passed, mean, square = measure(y, centre, per_sample, bounds)
+        var = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).mul_(count / divisor).to(y.dtype)
+        mean = mean.to(y.dtype) + centre
         ctx.save_for_backward(y, mean)
-        ctx.count, ctx.divisor, ctx.bounds, ctx.own = count, max(divisor, 1), bounds, own_gradient
-        if bounds is None:
-            return y, mean, var
-        low, high = bounds
-        if math.isinf(high):
-            return torch.clamp_min(y, low, out=work), mean, var
-        return torch.clamp(y, low, high, out=work), mean, var
+        ctx.count, ctx.divisor, ctx.bounds, ctx.own, ctx.loops = count, divisor, bounds, own_gradient, loops
+        return passed, mean, var
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -103,23 +98,48 @@ class _Watch(torch.autograd.Function):
         ctx: Any, passed: Tensor | None, to_mean: Tensor | None, to_var: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None, None]:
         y, mean = ctx.saved_tensors
-        gradient = passed
-        if passed is not None and ctx.bounds is not None:
-            gradient = _masked(passed, y, ctx.bounds, in_place=ctx.own)
-        if to_mean is None and to_var is None:
-            return gradient, None, None, None, None, None
         slope = torch.zeros_like(mean) if to_var is None else to_var * (2 / ctx.divisor)
         level = -slope * mean
         if to_mean is not None:
             level.add_(to_mean, alpha=1 / ctx.count)
-        slope, level = _channels(slope, y.dim()), _channels(level, y.dim())
-        if gradient is None:
-            gradient = torch.addcmul(level, y, slope)
-        elif ctx.own or ctx.bounds is not None:  # after the mask the buffer is ours in any case
-            gradient.addcmul_(y, slope).add_(level)
-        else:
-            gradient = torch.addcmul(gradient, y, slope).add_(level)
-        return gradient, None, None, None, None, None
+        add = _add if ctx.loops is None else ctx.loops.add
+        return add(passed, y, level, slope, ctx.bounds, in_place=ctx.own), None, None, None, None, None
+
+
+def _measure(
+    y: Tensor, centre: Tensor, per_sample: bool, bounds: tuple[float, float] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is passed on, and the means of y - centre and of its square."""
+    axes = reduced_axes(y.dim(), per_sample)
+    work = y - _channels(centre, y.dim())
+    mean = work.mean(axes) if axes else work.clone()
+    work.square_()
+    square = work.mean(axes) if axes else work.clone()
+    if bounds is None:
+        return y, mean, square
+    low, high = bounds
+    if math.isinf(high):
+        return torch.clamp_min(y, low, out=work), mean, square
+    return torch.clamp(y, low, high, out=work), mean, square
+
+
+def _add(
+    gradient: Tensor | None,
+    y: Tensor,
+    level: Tensor,
+    slope: Tensor,
+    bounds: tuple[float, float] | None,
+    *,
+    in_place: bool,
+) -> Tensor:
+    """The gradient, masked by the bounds, plus level + slope * y."""
+    slope, level = _channels(slope, y.dim()), _channels(level, y.dim())
+    if gradient is None:
+        return torch.addcmul(level, y, slope)
+    if bounds is not None:
+        gradient = _masked(gradient, y, bounds, in_place=in_place)
+        in_place = True  # after the mask the buffer is ours in any case
+    return gradient.addcmul_(y, slope).add_(level) if in_place else torch.addcmul(gradient, y, slope).add_(level)
 
 
 def _masked(gradient: Tensor, y: Tensor, bounds: tuple[float, float], *, in_place: bool) -> Tensor:

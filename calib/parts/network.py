@@ -131,7 +131,8 @@ def _fold(graph: Graph, batch_norms: Sequence[_BatchNorm]) -> tuple[Graph, froze
             proto.graph.output.append(onnx.helper.make_tensor_value_info(bn.input, onnx.TensorProto.FLOAT, None))
             present.add(bn.input)
     folded = fold(Graph(proto))
-    return folded.graph, frozenset(bn.node for bn in folded.batch_norms.values())
+    # A layer that carries the batch norm's own name is an affine layer in its place: nothing was folded there.
+    return folded.graph, frozenset(bn.node for layer, bn in folded.batch_norms.items() if layer != bn.node)
 
 
 def _bounds_of(graph: Graph, node: onnx.NodeProto) -> tuple[float, float] | None:

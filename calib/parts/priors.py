@@ -35,19 +35,22 @@ class InputSpace:
     Attributes:
         mean, std: Network input = ``mean + std * standard``; shape [1, C, 1, ...]. ``None``: the identity.
         low, high: Bounds of valid values in standard space, same shape; ``None`` where the input is not an image.
+        least, most: The same bounds in the network's input space.
     """
 
     mean: Tensor | None
     std: Tensor | None
     low: Tensor | None
     high: Tensor | None
+    least: Tensor | None
+    most: Tensor | None
 
     @classmethod
     def of(cls, spec: TensorSpec, preprocess: _Preprocess, device: torch.device | str = "cpu") -> InputSpace:
         """The space of an input: images are 4-D with 1 or 3 channels; anything else is taken as standard already."""
         channels = spec.shape[1] if len(spec.shape) == 4 else None
         if channels not in (1, 3):
-            return cls(None, None, None, None)
+            return cls(None, None, None, None, None, None)
         low, high = (np.asarray(side, np.float64) for side in preprocess.bounds(channels))
         mean, std = np.array(NATURAL_MEAN), np.array(NATURAL_STD)
         if channels == 1:
@@ -59,15 +62,23 @@ class InputSpace:
             return torch.as_tensor(values, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
 
         identity = bool(np.allclose(to_mean, 0, atol=1e-5) and np.allclose(to_std, 1, rtol=1e-5))
+        least, most = tensor(low), tensor(high)
         if identity:
-            return cls(None, None, tensor(low), tensor(high))
-        return cls(tensor(to_mean), tensor(to_std), tensor((low - to_mean) / to_std), tensor((high - to_mean) / to_std))
+            return cls(None, None, least, most, least, most)
+        standard = (tensor((low - to_mean) / to_std), tensor((high - to_mean) / to_std))
+        return cls(tensor(to_mean), tensor(to_std), *standard, least, most)
 
     def to_network(self, standard: Tensor) -> Tensor:
         """Standard space to the network's input."""
         if self.mean is None or self.std is None:
             return standard
         return torch.addcmul(self.mean, standard, self.std)
+
+    def bounded(self, network: Tensor) -> Tensor:
+        """Network inputs within the valid bounds to the last bit."""
+        if self.least is None or self.most is None:
+            return network
+        return torch.clamp(network, self.least, self.most)
 
     def clip(self, standard: Tensor) -> Tensor:
         """Values outside the valid pixels go to the nearest valid one (no gradient there)."""
