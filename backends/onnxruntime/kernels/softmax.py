@@ -16,17 +16,18 @@ F32 = np.float32
 def exponential_table(x_scale: np.float32, length: int) -> Array:
     """``f(exp((i - 255 + shift) * sx))`` for i = 0..255: the exponentials of codes below the row's maximum (i = 255).
 
-    ``shift = max(0, ln(FLT_MAX / length) - 5) / sx`` lifts them towards the top of float32's range, so that small ones do not
-    vanish and a sum of `length` of them does not overflow. Everything but the last rounding is float64.
+    ``shift = max(0, f(ln(f(FLT_MAX / length))) - 5) / sx`` lifts them towards the top of float32's range, so that small ones do
+    not vanish and a sum of `length` of them does not overflow. The logarithm is rounded to float32; everything else but the
+    last rounding is float64.
     """
-    room = math.log(float(F32(np.finfo(F32).max) / F32(length)))
+    room = float(F32(math.log(float(F32(np.finfo(F32).max) / F32(length)))))
     shift = max(0.0, room - 5) / float(x_scale)
     return np.array([math.exp((i - 255 + shift) * float(x_scale)) for i in range(256)]).astype(F32)
 
 
 @kernel("com.microsoft.QLinearSoftmax")
 class QLinearSoftmax(Kernel):
-    """``y = min(rint(f(f(e * Y) / S)) + zy, qmax)`` with ``e = table[255 - max(q) + q]``.
+    """``y = min(rint(e * Y / S) + zy, qmax)`` with ``e = table[255 - max(q) + q]``; the quotient is formed in float64.
 
     S is the float32 sum of the row's ``e``, one addition after another; ``Y = floor(f(1 / sy))``: the output's scale is
     *truncated to the inverse of an integer*, which is exact only for the usual 1/256.
@@ -52,7 +53,6 @@ class QLinearSoftmax(Kernel):
         value = np.take(table, index)
         total = np.cumsum(value, axis=1, dtype=F32)[:, -1:]
         limits = np.iinfo(q.dtype)
-        with np.errstate(over="ignore"):
-            ratio = np.rint(value * scale / total)
-        y = np.minimum(ratio + F32(zero), F32(limits.max)).astype(np.int32).astype(q.dtype)
+        ratio = np.rint(value.astype(np.float64) * np.float64(scale) / total)
+        y = np.minimum(ratio + zero, limits.max).astype(np.int32).astype(q.dtype)
         return [y.reshape(q.shape) if old else np.ascontiguousarray(np.swapaxes(y.reshape(moved.shape), axis, -1))]
