@@ -22,6 +22,7 @@ from onnxruntime.quantization.calibrate import create_calibrator
 from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.ranges import Ranges
 
 __all__ = ["METHODS", "calibrate"]
 
@@ -58,7 +59,7 @@ def calibrate(
     batch: int = 8,
     model_digest: str | None = None,
     progress: Progress = SILENT,
-) -> Any:
+) -> Ranges:
     """Ranges of all float tensors by one of ONNX Runtime's calibrators.
 
     Args:
@@ -78,8 +79,6 @@ def calibrate(
         UsageError: Unknown method, or too few bins.
         CalibrationError: The set is empty or does not fit the network.
     """
-    from zsq_deploy.quant import Ranges
-
     if method not in METHODS:
         raise UsageError(f"unknown calibrator {method!r}", where="ranges", remedy=f"choose one of {', '.join(METHODS)}")
     if bins < _FEWEST_BINS:

@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.onnxruntime.options import LOSSY_OPS, MAC_OPS, WIDE_OPS, BuildOptions
+from zsq_deploy.backends.onnxruntime.placement import place
+from zsq_deploy.backends.onnxruntime.prepare import prepare
+from zsq_deploy.backends.onnxruntime.proof import kernels
 from zsq_deploy.backends.onnxruntime.quantizer import build
 from zsq_deploy.backends.onnxruntime.runner import OrtRunner, missing_features
 from zsq_deploy.errors import CalibrationError
@@ -29,6 +32,7 @@ __all__ = ["Choice", "Measured", "candidates", "choose", "paired_latency", "qual
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
+_TURN = 5
 _SAME_SPEED = 0.04
 """Medians closer than this share are taken as equal on a shared machine; the more exact engine wins then."""
 
@@ -79,7 +83,8 @@ class Choice:
         engine: The engine.
         chosen: Its measurement.
         measured: All candidates.
-        slower_than_float: No candidate was faster than float32 on this machine.
+        slower_than_float: No integer engine was faster than float32 on this machine.
+        mixed: Then: the fastest mix of integer and float layers that was tried, with its ``options.exclude``.
         notes: What the user should read: why, and what else could be done.
     """
 
@@ -87,6 +92,7 @@ class Choice:
     chosen: Measured
     measured: tuple[Measured, ...]
     slower_than_float: bool
+    mixed: Measured | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -104,12 +110,14 @@ def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -
         return [base]
     present = {node.op_type for node in graph}
     found = [base.with_(label="wide")]
+    if not base.widen and any("channel" in line for line in prepare(graph, widen=True).rewrites):
+        base = base.with_(widen=True)
+        found.append(base.with_(label="widened"))
     if present & set(LOSSY_OPS):
         found.append(base.with_(op_types=(*WIDE_OPS, *LOSSY_OPS), label="all"))
-    if present & {"Add", "Mul", "Concat"} and present & {"Gemm", "MatMul"}:
+    if present & {"LayerNormalization", "Softmax", "Gelu", "Erf"} and present & {"Gemm", "MatMul"}:
         lean = tuple(op for op in WIDE_OPS if op not in ("Add", "Mul"))
-        if present & {"LayerNormalization", "Softmax", "Gelu", "Erf"}:
-            found.append(base.with_(op_types=lean, mac_outputs=False, label="products"))
+        found.append(base.with_(op_types=lean, mac_outputs=False, label="products"))
     inputs = {spec.name for spec in graph.inputs}
     if any(
         {reader.op_type for reader in graph.consumers(name)} - {*MAC_OPS, *WIDE_OPS, "Shape"}
@@ -117,18 +125,33 @@ def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -
         for name in inputs
     ):
         found.append(base.with_(float_readers=False, label="rounded input"))
-    return found
+    return _distinct(graph, found)
+
+
+def _distinct(graph: Graph, options: Sequence[BuildOptions]) -> list[BuildOptions]:
+    """Only those that quantize other nodes, or in another way, than one before."""
+    kept: dict[Any, BuildOptions] = {}
+    for option in options:
+        prepared = prepare(graph, widen=option.widen)
+        placement = place(prepared.graph, option)
+        key = (placement.nodes, prepared.graph.digest, option.float_readers, option.mac_outputs)
+        kept.setdefault(key, option)
+    return list(kept.values())
 
 
 def paired_latency(runners: Sequence[OrtRunner], feeds: Feeds, *, rounds: int = 40, warmup: int = 5) -> list[float]:
-    """Median milliseconds of several runners on one input, measured in turns."""
+    """Median milliseconds of several runners on one input, measured in turns of a few runs each.
+
+    The first run of a turn is not counted: it pays for the caches that the runner before it left behind.
+    """
     times: list[list[float]] = [[] for _ in runners]
-    for number in range(rounds + warmup):
+    for number in range(-(-rounds // _TURN) + 1):
         for one, kept in zip(runners, times, strict=True):
-            started = time.perf_counter()
-            one.run(feeds)
-            if number >= warmup:
-                kept.append((time.perf_counter() - started) * 1e3)
+            for again in range(warmup if number == 0 else _TURN + 1):
+                started = time.perf_counter()
+                one.run(feeds)
+                if number and again:
+                    kept.append((time.perf_counter() - started) * 1e3)
     return [median(kept) for kept in times]
 
 
@@ -176,6 +199,7 @@ def choose(
     rounds: int = 40,
     tolerance_agreement: float = 0.005,
     tolerance_db: float = 1.0,
+    allow_float_layers: bool = False,
     progress: Progress = SILENT,
 ) -> Choice:
     """Build every candidate, measure it, and keep the fastest of those that are about as exact as the best.
@@ -192,6 +216,8 @@ def choose(
         rounds: Latency rounds.
         tolerance_agreement: How much less agreement than the best a candidate may have.
         tolerance_db: How many dB less than the best.
+        allow_float_layers: If no integer engine is faster than float32, take a mix of integer and float layers that is; otherwise
+            it is only measured and offered.
         progress: Watches.
 
     Returns:
@@ -239,15 +265,95 @@ def choose(
         choices={**engine.choices, "candidates": [one.to_json() for one in measured], "chosen": chosen.options.label},
     )
     slower = all(one.median_ms > one.float_ms for one in measured)
+    mixed: Measured | None = None
     if slower:
         notes.append(
             f"no integer engine of this network is faster than float32 here ({chosen.median_ms:.3f} ms against "
             f"{chosen.float_ms:.3f} ms): layers with few channels spend their time on moving data"
         )
+        result = _mix(
+            model, ranges, target, folder / "mixed", engine, chosen, batches, reference, threads, rounds, calibration
+        )
+        if result is None:
+            notes.append(
+                "no mix of integer and float layers is faster either: deploy the float model where only speed counts"
+            )
+        else:
+            mixed_engine, mixed = result
+            left = ", ".join(mixed.options.exclude[:4]) + (", ..." if len(mixed.options.exclude) > 4 else "")
+            notes.append(
+                f"with {len(mixed.options.exclude)} layers in float ({left}) it takes {mixed.median_ms:.3f} ms against "
+                f"{mixed.float_ms:.3f} ms of float32"
+            )
+            if allow_float_layers and mixed.median_ms < min(chosen.median_ms, mixed.float_ms):
+                engine, chosen = _move(mixed_engine, folder), mixed
+            _remove(folder / "mixed")
     lacking = missing_features(target)
     if lacking:
         notes.append(f"this machine lacks {', '.join(lacking)}: the latencies are not those of {target.name}")
-    return Choice(engine, chosen, tuple(measured), slower, tuple(notes))
+    engine = replace(
+        engine,
+        choices={
+            **engine.choices,
+            "candidates": [one.to_json() for one in (*measured, *((mixed,) if mixed else ()))],
+            "chosen": chosen.options.label,
+        },
+    )
+    return Choice(engine, chosen, tuple(measured), slower, mixed, tuple(notes))
+
+
+def _mix(
+    model: Any,
+    ranges: Any,
+    target: Target,
+    folder: Path,
+    engine: Engine,
+    chosen: Measured,
+    batches: Sequence[Feeds],
+    reference: Sequence[Mapping[str, Array]],
+    threads: int,
+    rounds: int,
+    calibration: Any,
+) -> tuple[Engine, Measured] | None:
+    """The engine with its slow layers in float, if that is faster than the integer engine; ``None`` otherwise.
+
+    A layer is slow if its integer kernel takes longer than its float kernel; layers are left out from the input on, since a
+    change between integers and floats in the middle of a network costs two conversions.
+    """
+    feeds = _one(batches[0])
+    whole = {
+        node.sources[0]: node.microseconds
+        for node in kernels(engine.path, target, feeds, threads=threads)
+        if node.macs and node.sources
+    }
+    floats = {
+        node.sources[0]: node.microseconds
+        for node in kernels(engine.float_path, target, feeds, threads=threads, mode="float")
+        if node.macs and node.sources
+    }
+    gain, best_gain, exclude, best = 0.0, 0.0, [], []
+    for name, microseconds in whole.items():
+        if name not in floats:
+            break
+        gain += microseconds - floats[name]
+        exclude.append(name)
+        if gain > best_gain:
+            best_gain, best = gain, list(exclude)
+    if not best or len(best) == len(whole):
+        return None
+    option = chosen.options.with_(exclude=(*chosen.options.exclude, *best), label="mixed")
+    built = build(model, ranges, target, folder, options=option, calibration=calibration)
+    trio = [
+        OrtRunner(engine.float_path, target, threads=threads, mode="float"),
+        OrtRunner(engine.path, target, threads=threads),
+        OrtRunner(built.path, target, threads=threads),
+    ]
+    float_ms, engine_ms, mixed_ms = paired_latency(trio, feeds, rounds=rounds)
+    if mixed_ms >= engine_ms:
+        _remove(folder)
+        return None
+    agreement, ratio = quality([_run(trio[2], batch) for batch in batches], reference)
+    return built, Measured(option, mixed_ms, float_ms, agreement, ratio, built.path.stat().st_size)
 
 
 def _pick(measured: Sequence[Measured], tolerance_agreement: float, tolerance_db: float) -> int:

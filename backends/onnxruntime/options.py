@@ -60,7 +60,10 @@ class BuildOptions:
         float_readers: Connect float operators to float values where those exist (a residual that reads the input image).
             ``False`` lets them read the rounded value, as the integer operators do; a denoiser that subtracts the noise from its
             own input is better off so.
+        widen: Add zero channels where the integer kernels want round numbers of channels; exact, and often faster.
         weight_method: How weight scales are found: ``minmax`` or ``mse``.
+        exact_scales: Move activation and weight scales to the nearby grid on which this runtime's requantization, the Q/DQ graph and
+            exact integer arithmetic agree code for code (:mod:`zsq_deploy.quant.exact_scales`).
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
         weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
         weight_scales: Learned weight scales per output channel: initializer name -> float array.
@@ -74,7 +77,9 @@ class BuildOptions:
     quantize_outputs: bool = False
     share_concat: bool = True
     float_readers: bool = True
+    widen: bool = False
     weight_method: str = "minmax"
+    exact_scales: bool = False
     biases: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     weights: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     weight_scales: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -115,7 +120,9 @@ class BuildOptions:
             "quantize_outputs": self.quantize_outputs,
             "share_concat": self.share_concat,
             "float_readers": self.float_readers,
+            "widen": self.widen,
             "weight_method": self.weight_method,
+            "exact_scales": self.exact_scales,
             "corrected_biases": {name: _digest(array) for name, array in sorted(self.biases.items())},
             "replaced_weights": {name: _digest(array) for name, array in sorted(self.weights.items())},
             "learned_scales": {name: _digest(array) for name, array in sorted(self.weight_scales.items())},

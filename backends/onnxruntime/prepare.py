@@ -16,6 +16,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from zsq_deploy.backends.onnxruntime.editing import Editor
+from zsq_deploy.backends.onnxruntime.widen import widen as widen_channels
 from zsq_deploy.errors import ModelError
 from zsq_deploy.model.graph import Graph, attributes
 
@@ -39,73 +41,10 @@ class Prepared:
     rewrites: tuple[str, ...]
 
 
-class _Editor:
-    """A graph being rewritten: one pass at a time, indexed anew after each change."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self.proto = proto
-        self.aliases: dict[str, str] = {}
-        self.log: list[str] = []
-        self.graph = Graph(proto)
-
-    def refresh(self) -> None:
-        self.graph = Graph(self.proto)
-
-    def fresh(self, base: str) -> str:
-        """A value or node name that is not taken."""
-        taken = {node.name for node in self.proto.graph.node}
-        taken.update(name for node in self.proto.graph.node for name in (*node.input, *node.output))
-        taken.update(tensor.name for tensor in self.proto.graph.initializer)
-        name, number = base, 1
-        while name in taken:
-            name, number = f"{base}_{number}", number + 1
-        return name
-
-    def add_initializer(self, base: str, array: Array) -> str:
-        name = self.fresh(base)
-        self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def index(self, node: onnx.NodeProto) -> int:
-        return next(i for i, one in enumerate(self.proto.graph.node) if one.name == node.name)
-
-    def replace(self, node: onnx.NodeProto, *new: onnx.NodeProto) -> None:
-        """Put nodes into the place of one."""
-        at = self.index(node)
-        kept = list(self.proto.graph.node)
-        kept[at : at + 1] = list(new)
-        del self.proto.graph.node[:]
-        self.proto.graph.node.extend(kept)
-
-    def remove(self, *nodes: onnx.NodeProto) -> None:
-        names = {node.name for node in nodes}
-        kept = [node for node in self.proto.graph.node if node.name not in names]
-        del self.proto.graph.node[:]
-        self.proto.graph.node.extend(kept)
-
-    def reshaped(self, name: str, array: Array) -> str:
-        """An initializer with new contents: under its old name where nobody else reads it."""
-        if len(self.graph.consumers(name)) == 1 and name in self.graph.initializer_names:
-            tensor = next(one for one in self.proto.graph.initializer if one.name == name)
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
-            return name
-        return self.add_initializer(f"{name}__copy", array)
-
-    def sole_consumer(self, value: str) -> onnx.NodeProto | None:
-        """The one node that reads a value, unless the value is also an output."""
-        readers = self.graph.consumers(value)
-        if len(readers) != 1 or self.graph.is_output(value) or list(readers[0].input).count(value) != 1:
-            return None
-        return readers[0]
-
-    def shape(self, value: str) -> tuple[int | None, ...] | None:
-        return self.graph.shape(value)
+Rewrite = Callable[[Editor], bool]
 
 
-Rewrite = Callable[[_Editor], bool]
-
-
-def _constants(edit: _Editor) -> bool:
+def _constants(edit: Editor) -> bool:
     """Constant nodes become initializers, because the quantizer recognizes weights only there."""
     found = [node for node in edit.graph if node.op_type == "Constant" and node.domain in ("", "ai.onnx")]
     for node in found:
@@ -117,7 +56,7 @@ def _constants(edit: _Editor) -> bool:
     return False  # nothing else can follow from it, and the log need not mention it
 
 
-def _one_initializer_each(edit: _Editor) -> bool:
+def _one_initializer_each(edit: Editor) -> bool:
     """A weight or bias that several nodes read is copied, so that each node can have its own scale."""
     changed = False
     weighted = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -138,7 +77,7 @@ def _one_initializer_each(edit: _Editor) -> bool:
     return changed
 
 
-def _pad_into_conv(edit: _Editor) -> bool:
+def _pad_into_conv(edit: Editor) -> bool:
     """A constant zero Pad in front of a convolution becomes the convolution's own padding."""
     for pad in edit.graph:
         if pad.op_type != "Pad" or str(attributes(pad).get("mode", "constant")) != "constant":
@@ -173,7 +112,23 @@ def _pad_into_conv(edit: _Editor) -> bool:
     return False
 
 
-def _global_pool(edit: _Editor) -> bool:
+def _plain_pad(edit: Editor) -> bool:
+    """Zero padding without saying zero: a constant that is said would be quantized as a tensor of its own."""
+    for node in edit.graph:
+        if node.op_type != "Pad" or len(node.input) < 3 or not node.input[2]:
+            continue
+        if str(attributes(node).get("mode", "constant")) != "constant":
+            continue
+        value = edit.graph.constant(node.input[2])
+        if value is not None and not np.asarray(value).any():
+            axes = node.input[3] if len(node.input) > 3 else ""
+            del node.input[2:]
+            if axes:
+                node.input.extend(["", axes])
+    return False
+
+
+def _global_pool(edit: Editor) -> bool:
     """A mean over all of height and width becomes GlobalAveragePool, which has an integer kernel of its own scale."""
     for node in edit.graph:
         shape = edit.shape(node.input[0]) if node.input else None
@@ -213,7 +168,7 @@ def _global_pool(edit: _Editor) -> bool:
     return False
 
 
-def _flattens(edit: _Editor, node: onnx.NodeProto, channels: int) -> bool:
+def _flattens(edit: Editor, node: onnx.NodeProto, channels: int) -> bool:
     """Whether a node turns N x C x 1 x 1 into N x C."""
     if node.op_type == "Flatten":
         return int(attributes(node).get("axis", 1)) == 1
@@ -227,7 +182,7 @@ def _flattens(edit: _Editor, node: onnx.NodeProto, channels: int) -> bool:
     return False
 
 
-def _pointwise_head(edit: _Editor) -> bool:
+def _pointwise_head(edit: Editor) -> bool:
     """A 1x1 convolution of a 1x1 plane, flattened afterwards, becomes a matrix product: its integer kernel can give float out."""
     for conv in edit.graph:
         if conv.op_type != "Conv":
@@ -257,7 +212,7 @@ def _pointwise_head(edit: _Editor) -> bool:
     return False
 
 
-def _matmul_bias(edit: _Editor) -> bool:
+def _matmul_bias(edit: Editor) -> bool:
     """MatMul with a constant matrix, followed by a constant bias, becomes Gemm: the bias is then exact to int32 instead of 8 bits."""
     for matmul in edit.graph:
         if matmul.op_type != "MatMul":
@@ -315,7 +270,7 @@ def _matmul_bias(edit: _Editor) -> bool:
     return False
 
 
-def _norm_as_conv(edit: _Editor) -> bool:
+def _norm_as_conv(edit: Editor) -> bool:
     """A batch normalization that stands alone becomes a 1x1 depthwise convolution, which has an integer kernel."""
     for node in edit.graph:
         if node.op_type != "BatchNormalization" or len(node.output) > 1:
@@ -344,7 +299,7 @@ def _norm_as_conv(edit: _Editor) -> bool:
     return False
 
 
-def _plain_gemm(edit: _Editor) -> bool:
+def _plain_gemm(edit: Editor) -> bool:
     """Factors alpha and beta of a Gemm are folded into its constants: the integer kernel wants both to be 1."""
     changed = False
     for node in edit.graph:
@@ -371,6 +326,7 @@ def _plain_gemm(edit: _Editor) -> bool:
 _REWRITES: tuple[Rewrite, ...] = (
     _constants,
     _pad_into_conv,
+    _plain_pad,
     _global_pool,
     _pointwise_head,
     _matmul_bias,
@@ -394,17 +350,24 @@ def _drop_unused(proto: onnx.ModelProto) -> None:
     del proto.graph.value_info[:]
 
 
-def prepare(graph: Graph) -> Prepared:
+def prepare(graph: Graph, *, widen: bool = False) -> Prepared:
     """Rewrite a float graph (batch norm folded) into the form that ONNX Runtime quantizes best.
+
+    Args:
+        graph: The graph.
+        widen: Also add zero channels where the integer kernels want round numbers (see
+            :mod:`zsq_deploy.backends.onnxruntime.widen`).
 
     Raises:
         ModelError: The rewritten graph is not a valid ONNX model (a bug of this module; the message says where).
     """
-    edit = _Editor(graph.editable())
+    edit = Editor(graph.editable())
     for rewrite in _REWRITES:
         while rewrite(edit):
             edit.refresh()
         edit.refresh()
+    if widen:
+        widen_channels(edit)
     _drop_unused(edit.proto)
     try:
         onnx.checker.check_model(edit.proto)

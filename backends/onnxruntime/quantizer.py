@@ -35,6 +35,7 @@ from zsq_deploy.backends.onnxruntime.tidy import tidy
 from zsq_deploy.errors import CalibrationError, EngineError, StaleArtifactError, UsageError
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.exact_scales import exact_scales
 
 __all__ = ["BuildOptions", "build", "quantize_graph"]
 
@@ -87,13 +88,24 @@ def build(
         _save(folded.proto, float_path)
         task.advance(step="prepare")
         corrected = replace_initializers(folded, options.biases, options.weights)
-        prepared = prepare(corrected)
+        prepared = prepare(corrected, widen=options.widen)
         placement = place(prepared.graph, options)
         task.advance(step="ranges")
         if isinstance(ranges, str):
             ranges = _own_calibrators(model, ranges, folded, calibration, progress)
         cache = folder / "calibration_cache.json"
         found = tensor_ranges(prepared.graph, placement, ranges, prepared.aliases, options)
+        growth = 1.0
+        if options.exact_scales:
+            exact = exact_scales(
+                prepared.graph,
+                found,
+                activation=target.activation,
+                weight=target.weight,
+                nodes=placement.nodes,
+            )
+            found, growth = dict(exact.ranges), exact.coarser
+            options = options.with_(weight_scales={**exact.weight_scales, **options.weight_scales})
         binding = write_cache(cache, prepared.graph, found, ranges, model.digest)
         task.advance(step="quantize_static")
         engine_path = folder / "engine.onnx"
@@ -107,6 +119,7 @@ def build(
             "nodes_quantized": len(placement.nodes),
             "float_nodes": dict(placement.skipped),
             "rewrites": list(prepared.rewrites),
+            "activation_steps_grew_by": growth,
         }
         write_json(
             folder / "manifest.json",
