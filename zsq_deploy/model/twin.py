@@ -227,7 +227,7 @@ class Twin(nn.Module):
             self.register_buffer(key, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Twin:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         probe = fn(torch.zeros((), dtype=self._dtype, device=self._device))
         self._device = probe.device
         if probe.dtype != self._dtype:
@@ -278,6 +278,11 @@ class Twin(nn.Module):
     def parameter_names(self) -> Mapping[str, str]:
         """Initializer name to state-dict key, for parameters and buffers."""
         return dict(self._keys)
+
+    def _held(self) -> Iterable[tuple[str, Tensor | None]]:
+        """Initializer name and the tensor that holds it now."""
+        for name, key in self._keys.items():
+            yield name, self._parameters[key] if key in self._parameters else self._buffers[key]
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -483,12 +488,7 @@ class Twin(nn.Module):
             _between(self, inputs, outputs),
             dtype=self._dtype,
             device=self._device,
-            _shared={
-                name: self._parameters[key]
-                if key in self._parameters and self._parameters[key] is not None
-                else self._buffers[key]
-                for name, key in self._keys.items()
-            },  # type: ignore[arg-type]
+            _shared={name: tensor for name, tensor in self._held() if tensor is not None},
         )
         part.train(self.training)
         return part

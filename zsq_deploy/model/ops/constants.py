@@ -74,9 +74,7 @@ def _converter(node: Node, onnx_type: int) -> Callable[[Tensor], Tensor]:
         low, high = INTEGER_RANGE[onnx_type]
 
         def narrow(x: Tensor) -> Tensor:
-            if x.is_floating_point():
-                return torch.clamp(torch.round(x), low, high).to(target)
-            kept = x.to(torch.int64) & 15  # integers keep their low bits
+            kept = x.to(torch.int64) & 15  # truncated, and the low bits kept
             return (torch.where(kept > high, kept - 16, kept) if low else kept).to(target)
 
         return narrow

@@ -108,15 +108,10 @@ def deform_conv(node: Node) -> Kernel:
         base_x = torch.arange(out_w, device=x.device) * strides[1] - begin[1]
         y = shift[:, :, :, 0] + (tap_y.reshape(-1, 1, 1) + base_y.reshape(1, -1, 1)).to(x.dtype)
         z = shift[:, :, :, 1] + (tap_x.reshape(-1, 1, 1) + base_x.reshape(1, 1, -1)).to(x.dtype)
-        grid = torch.stack([(2 * z + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
         per = channels // offset_group
-        planes = x.reshape(batch * offset_group, per, height, width)
-        sampled = F.grid_sample(
-            planes,
-            grid.reshape(batch * offset_group, taps * out_h, out_w, 2),
-            padding_mode="zeros",
-            align_corners=False,
-        ).reshape(batch, offset_group, per, taps, out_h, out_w)
+        planes = x.reshape(batch, offset_group, per, height * width)
+        sampled = _bilinear(planes, y.flatten(2), z.flatten(2), height, width)
+        sampled = sampled.reshape(batch, offset_group, per, taps, out_h, out_w)
         if mask is not None:
             sampled = sampled * mask.reshape(batch, offset_group, 1, taps, out_h, out_w)
         columns_in = sampled.reshape(batch, group, channels // group * taps, out_h * out_w)
@@ -125,3 +120,20 @@ def deform_conv(node: Node) -> Kernel:
         return result if bias is None else result + bias.reshape(1, -1, 1, 1)
 
     return kernel
+
+
+def _bilinear(planes: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Values of flat planes [n, g, c, h*w] at positions [n, g, points] in pixels; zero outside."""
+    total: Tensor | None = None
+    top, left = torch.floor(y), torch.floor(x)
+    for down in (0, 1):
+        for right in (0, 1):
+            row, column = top + down, left + right
+            weight = (1 - torch.abs(y - row)) * (1 - torch.abs(x - column))
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            flat = row.clamp(0, height - 1).to(torch.int64) * width + column.clamp(0, width - 1).to(torch.int64)
+            index = flat.unsqueeze(2).expand(-1, -1, planes.shape[2], -1)
+            part = torch.gather(planes, 3, index) * (weight * inside).unsqueeze(2)
+            total = part if total is None else total + part
+    assert total is not None
+    return total

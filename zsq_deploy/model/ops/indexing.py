@@ -39,7 +39,7 @@ def gather(node: Node) -> Kernel:
         first = axis % x.dim()
         flat = _positive(index, x.shape[first]).reshape(-1)
         found = torch.index_select(x, first, flat.to(x.device))
-        return found.reshape(*x.shape[:first], *index.shape, *x.shape[first + 1 :])
+        return found.reshape([*x.shape[:first], *index.shape, *x.shape[first + 1 :]])
 
     return kernel
 
@@ -69,7 +69,7 @@ def gather_nd(node: Node) -> Kernel:
         number = torch.arange(flat.shape[0], device=x.device).reshape(-1, *([1] * (places.dim() - 2)))
         tuples = _tuples(places, flat.shape[1:])
         found = flat[(number.expand(places.shape[:-1]), *tuples)]
-        return found.reshape(*lead, *found.shape[1:])
+        return found.reshape([*lead, *found.shape[1:]])
 
     return kernel
 

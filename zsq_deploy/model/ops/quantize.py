@@ -35,7 +35,7 @@ class _RoundThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grad: Any) -> Any:
+    def backward(_ctx: Any, *grad: Any) -> Any:
         return grad[0]
 
 

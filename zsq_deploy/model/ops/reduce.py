@@ -49,7 +49,8 @@ def _extreme(x: Tensor, axes: list[int], keep: bool, *, largest: bool) -> Tensor
 
 def _l2(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     if x.is_floating_point():
-        return torch.linalg.vector_norm(x, ord=2, dim=axes, keepdim=keep)
+        length: Tensor = torch.linalg.vector_norm(x, ord=2, dim=axes, keepdim=keep)
+        return length
     return torch.sqrt(_sum((x * x).to(torch.float64), axes, keep)).to(x.dtype)
 
 

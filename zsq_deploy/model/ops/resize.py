@@ -37,7 +37,7 @@ class Resampling:
 
 def _positions(out: int, size: int, scale: float, roi: tuple[float, float], how: str, kind: type) -> Array:
     """Where every output element lies in the input, in elements."""
-    x = np.arange(out, dtype=kind)
+    x: Array = np.arange(out, dtype=kind)
     factor = kind(scale)
     if how == "half_pixel" or (how == "pytorch_half_pixel" and out > 1):
         return np.asarray((x + kind(0.5)) / factor - kind(0.5))
@@ -180,11 +180,11 @@ def resize(node: Node) -> Kernel:
     outside = float(node.get("extrapolation_value", 0.0))
     policy = str(node.get("keep_aspect_ratio_policy", "stretch"))
     chosen = node.get("axes")
-    rois, factors, lengths = node.floats(1), node.floats(2), node.ints(3)
+    rois, factors, whole = node.floats(1), node.floats(2), node.floats(3)
 
     def kernel(x: Tensor, *given: Tensor | None) -> Tensor:
         roi, scales, sizes = (
-            read(given[index] if index < len(given) else None) for index, read in enumerate((rois, factors, lengths))
+            read(given[index] if index < len(given) else None) for index, read in enumerate((rois, factors, whole))
         )
         axes = list(range(x.dim())) if chosen is None else [int(axis) % x.dim() for axis in chosen]
         targets = _targets(x, axes, scales or None, [int(size) for size in sizes] if sizes else None, policy)

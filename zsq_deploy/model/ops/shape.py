@@ -169,7 +169,8 @@ def expand(node: Node) -> Kernel:
     read = node.ints(1)
 
     def kernel(x: Tensor, given: Tensor) -> Tensor:
-        return x.expand(torch.broadcast_shapes(x.shape, tuple(read(given) or ())))
+        shape = torch.broadcast_shapes(x.shape, tuple(read(given) or ()))  # type: ignore[no-untyped-call]
+        return x.expand(shape)
 
     return kernel
 
