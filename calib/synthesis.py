@@ -47,11 +47,15 @@ _SMALLEST_PIECE = 8
 _MEMORY_SHARE = 0.35
 
 
-def batch_sizes(images: int, largest: int) -> list[int]:
-    """Cut `images` into as few batches as `largest` allows, of equal size to within one."""
-    count = math.ceil(images / largest)
-    small, extra = divmod(images, count)
-    return [small + (index < extra) for index in range(count)]
+def batch_sizes(images: int, largest: int, unit: int = 1) -> list[int]:
+    """Cut `images` into as few batches as `largest` allows, of equal size to within one `unit`.
+
+    `unit` is the batch size of a network that takes no other; the last batch may then hold some images too many.
+    """
+    units = math.ceil(images / unit)
+    count = math.ceil(units / max(1, largest // unit))
+    small, extra = divmod(units, count)
+    return [(small + (index < extra)) * unit for index in range(count)]
 
 
 def synthesize(
@@ -114,7 +118,6 @@ def synthesize(
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started, notes = time.monotonic(), list[str]()
     requested: str | None = None
-    network: SynthesisNetwork | None = None
     if chosen.needs_bn:
         if model.batch_norms():
             _single_image_input(model, method)
@@ -210,12 +213,13 @@ def _optimise(
     shape = spec.with_batch(1)[1:]
     space = InputSpace.of(spec, model.preprocess, device)
     objective = Objective(recipe, network, spec, space, device=device)
-    largest, piece, note = _sizes(objective, shape, batch_size or recipe.batch_size, device)
+    fixed = None if model.dynamic_batch else int(spec.shape[0] or 1)
+    largest, piece, note = _sizes(objective, shape, batch_size or recipe.batch_size, device, fixed)
     if note:
         notes.append(note)
         progress.say(note)
     objective.piece = piece
-    sizes = batch_sizes(images, largest)
+    sizes = batch_sizes(images, largest, fixed or 1)
     run = {
         "model": model.digest,
         "method": method.name,
@@ -258,7 +262,7 @@ def _optimise(
     }
     notes.append(_summary(recipe, [plain for _, plain in finished]))
     checkpoint.remove()
-    made = torch.cat([tensor for tensor, _ in finished]).numpy().astype(spec.dtype, copy=False)
+    made = torch.cat([tensor for tensor, _ in finished])[:images].numpy().astype(spec.dtype, copy=False)
     return {spec.name: made}, outcome, sum(plain["seconds"] for _, plain in finished)
 
 
@@ -331,12 +335,20 @@ def _summary(recipe: Recipe, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sizes(
-    objective: Objective, shape: tuple[int, ...], wanted: int, device: torch.device
+    objective: Objective, shape: tuple[int, ...], wanted: int, device: torch.device, fixed: int | None
 ) -> tuple[int, int | None, str | None]:
-    """Largest batch and piece for this network and machine, and a note when memory made the batch smaller.
+    """Largest batch and piece for this network and machine, and a note when the batch became smaller than wanted.
 
-    Both depend on the network, the thread count and the machine's total memory only, not on what is free at the moment.
+    Both depend on the network and the machine's total memory only, not on what is free at the moment.
     """
+    if fixed is not None:  # a network that takes one batch size only
+        if objective.recipe.loss.separable:
+            return max(fixed, wanted // fixed * fixed), fixed, None
+        note = (
+            f"the network takes batches of {fixed} only, so statistics are matched over {fixed} image(s) at a time instead "
+            f"of {wanted}; export it with a free batch dimension for the published method"
+        )
+        return fixed, None, note
     kept = _probe(objective, shape, device)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
     fits = max(1, int(_MEMORY_SHARE * total / max(kept, 1)))
