@@ -1,0 +1,494 @@
+"""One streaming pass over a calibration set: what every activation of the network looks like.
+
+The memory does not depend on the number of images: a histogram on a fixed grid and a few vectors a tensor. The result does not
+depend on how the caller cut the set into batches: the stream of images is cut anew into micro-batches of a fixed size before it
+enters the network, so the arithmetic is the same, bit for bit. Counts, minima, maxima and histograms do not even depend on the order
+of the images, as long as each image's activations do not depend on its neighbours in the micro-batch.
+
+Means and variances are per-plane float32 sums of differences from a pivot (the channel's mean in the first micro-batch), added up in
+float64, so a small spread around a large mean is not lost; parts are joined with the update of Chan, Golub and LeVeque (1979).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zsq_deploy.artifact import atomic_writer
+from zsq_deploy.errors import CalibrationError, UsageError
+from zsq_deploy.model.graph import Graph
+from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.histogram import Histogram, HistogramBuilder
+from zsq_deploy.quant.ranges import Ranges
+from zsq_deploy.quant.scheme import Scheme
+from zsq_deploy.quant.search import search
+
+__all__ = ["Moments", "Statistics", "StatisticsBuilder", "TensorStatistics", "collect", "micro_batches", "observable"]
+
+Array = npt.NDArray[Any]
+Vector = npt.NDArray[np.float64]
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, extremes, mean and variance of each channel (axis 1; everything is one channel below rank 2).
+
+    Attributes:
+        count: Numbers a channel.
+        minimum: Smallest number of each channel.
+        maximum: Largest number of each channel.
+        mean: Mean of each channel.
+        var: Population variance of each channel.
+    """
+
+    count: int
+    minimum: Vector
+    maximum: Vector
+    mean: Vector
+    var: Vector
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of numbers together."""
+        count = self.count + other.count
+        if not count:
+            return self
+        delta = other.mean - self.mean
+        share = other.count / count
+        return Moments(
+            count,
+            np.minimum(self.minimum, other.minimum),
+            np.maximum(self.maximum, other.maximum),
+            self.mean + delta * share,
+            (self.var * self.count + other.var * other.count) / count + np.square(delta) * (self.count / count) * share,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStatistics:
+    """What one activation looked like.
+
+    Attributes:
+        histogram: Of all of its numbers.
+        channels: Per channel.
+    """
+
+    histogram: Histogram
+    channels: Moments
+
+    @property
+    def count(self) -> int:
+        """Number of numbers."""
+        return self.histogram.total
+
+    @property
+    def minimum(self) -> float:
+        """Smallest number."""
+        return self.histogram.minimum
+
+    @property
+    def maximum(self) -> float:
+        """Largest number."""
+        return self.histogram.maximum
+
+    @property
+    def mean(self) -> float:
+        """Mean of all numbers."""
+        return float(self.channels.mean.mean())
+
+    @property
+    def var(self) -> float:
+        """Population variance of all numbers."""
+        return float((self.channels.var + np.square(self.channels.mean - self.channels.mean.mean())).mean())
+
+    def merge(self, other: TensorStatistics) -> TensorStatistics:
+        """The statistics of both sets of numbers together."""
+        return TensorStatistics(self.histogram.merge(other.histogram), self.channels.merge(other.channels))
+
+
+class _TensorBuilder:
+    """Statistics of one activation in the making."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._histogram = HistogramBuilder()
+        self._count = 0
+        self._minimum: torch.Tensor | None = None
+        self._maximum: torch.Tensor | None = None
+        self._pivot: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in one micro-batch of the activation."""
+        if x.numel() == 0:
+            return
+        x = x.detach().to(torch.float32)
+        planes = x.reshape(1, 1, -1) if x.ndim < 2 else x.contiguous().reshape(x.shape[0], x.shape[1], -1)
+        low, high = planes.amin((0, 2)), planes.amax((0, 2))
+        limits = float(low.min()), float(high.max())
+        if not (math.isfinite(limits[0]) and math.isfinite(limits[1])):
+            raise CalibrationError(
+                f"the activation {self._name!r} is not finite: it holds NaN or infinite numbers",
+                where=self._name,
+                remedy="check the network's weights and the range of the calibration images",
+            )
+        if self._minimum is None or self._maximum is None:
+            self._minimum, self._maximum = low, high
+            self._pivot = planes.mean((0, 2))
+            self._sum = torch.zeros(len(low), dtype=torch.float64, device=x.device)
+            self._squares = torch.zeros_like(self._sum)
+        elif len(low) != len(self._minimum):
+            raise CalibrationError(
+                f"the activation {self._name!r} has {len(low)} channels in one batch and {len(self._minimum)} in another",
+                where=self._name,
+                remedy="use calibration images of one size",
+            )
+        else:
+            self._minimum, self._maximum = torch.minimum(self._minimum, low), torch.maximum(self._maximum, high)
+        assert self._pivot is not None
+        assert self._sum is not None
+        assert self._squares is not None
+        pivot = self._pivot.reshape(1, -1, 1)
+        if planes.shape[2] == 1:
+            centred = (planes - pivot).to(torch.float64)[..., 0]
+            self._sum += centred.sum(0)
+            self._squares += centred.square().sum(0)
+        else:
+            for image in planes:  # one image at a time: the differences stay in the cache
+                centred = image - pivot[0]
+                self._sum += centred.sum(1).to(torch.float64)
+                self._squares += torch.linalg.vector_norm(centred, dim=1).to(torch.float64).square()
+        self._count += planes.shape[0] * planes.shape[2]
+        self._histogram.add(planes, limits)
+
+    def finish(self) -> TensorStatistics:
+        """The statistics so far."""
+        if self._minimum is None or self._maximum is None or self._pivot is None:
+            empty = np.zeros(1)
+            return TensorStatistics(self._histogram.finish(), Moments(0, empty, empty, empty, empty))
+        assert self._sum is not None
+        assert self._squares is not None
+        offset = self._sum / self._count
+        var = (self._squares / self._count - offset.square()).clamp_min(0.0)
+        return TensorStatistics(
+            self._histogram.finish(),
+            Moments(
+                self._count,
+                _vector(self._minimum),
+                _vector(self._maximum),
+                _vector(self._pivot.to(torch.float64) + offset),
+                _vector(var),
+            ),
+        )
+
+
+def _vector(tensor: torch.Tensor) -> Vector:
+    return tensor.to(torch.float64).cpu().numpy()
+
+
+class StatisticsBuilder:
+    """Takes in activations by name; for whoever runs the network himself.
+
+    Args:
+        model_digest: Digest of the graph.
+        set_digest: Digest of the calibration set, if there is one.
+    """
+
+    def __init__(self, *, model_digest: str = "", set_digest: str = "") -> None:
+        self._tensors: dict[str, _TensorBuilder] = {}
+        self._model_digest = model_digest
+        self._set_digest = set_digest
+
+    @torch.no_grad()
+    def add(self, name: str, x: torch.Tensor) -> None:
+        """Take in one micro-batch of one activation; anything but floating point is ignored."""
+        if not x.is_floating_point():
+            return
+        if name not in self._tensors:
+            self._tensors[name] = _TensorBuilder(name)
+        self._tensors[name].add(x)
+
+    def finish(self, images: int) -> Statistics:
+        """The statistics so far.
+
+        Args:
+            images: How many images have been taken in.
+        """
+        return Statistics(
+            {name: builder.finish() for name, builder in self._tensors.items()},
+            images,
+            self._model_digest,
+            self._set_digest,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Mapping[str, TensorStatistics]):
+    """What every activation looked like over a whole calibration set.
+
+    Attributes:
+        tensors: By value name, in the order of execution.
+        images: Number of images.
+        model_digest: Digest of the graph.
+        set_digest: Digest of the calibration set; empty when the caller did not say.
+    """
+
+    tensors: Mapping[str, TensorStatistics]
+    images: int
+    model_digest: str = ""
+    set_digest: str = ""
+
+    def __getitem__(self, name: str) -> TensorStatistics:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def ranges(
+        self,
+        method: str = "minmax",
+        *,
+        bits: int = 8,
+        symmetric: bool = False,
+        percentile: float = 99.999,
+        bins: int = 2048,
+        scheme: Scheme | None = None,
+    ) -> Ranges:
+        """The range of every activation.
+
+        Args:
+            method: ``minmax``, ``percentile``, ``entropy`` or ``mse`` (:mod:`zsq_deploy.quant.search`).
+            bits: Of the integers that will represent the activations.
+            symmetric: Whether their zero point is fixed in the middle.
+            percentile: Share of the numbers kept, in percent (``percentile`` only).
+            bins: Resolution of the search (``entropy`` and ``mse``).
+            scheme: The integers, instead of `bits` and `symmetric`.
+        """
+        kind = scheme or Scheme(bits=bits, signed=symmetric, symmetric=symmetric)
+        values = {
+            name: search(tensor.histogram, method, kind, percent=percentile, bins=bins)
+            for name, tensor in self.tensors.items()
+        }
+        label = f"percentile {percentile:g}" if method == "percentile" else method
+        return Ranges(values, label, self.model_digest, self.set_digest)
+
+    def unexcited(self) -> list[tuple[str, list[int]]]:
+        """Channels whose activation never changed, in any image at any place, by value name."""
+        found: list[tuple[str, list[int]]] = []
+        for name, tensor in self.tensors.items():
+            still = np.flatnonzero(tensor.channels.minimum == tensor.channels.maximum)
+            if len(still):
+                found.append((name, [int(channel) for channel in still]))
+        return found
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both sets together.
+
+        Raises:
+            CalibrationError: They belong to different networks or tensors.
+        """
+        if self.model_digest != other.model_digest or set(self.tensors) != set(other.tensors):
+            raise CalibrationError(
+                "these statistics belong to different networks or different tensors",
+                where="Statistics.merge",
+                remedy="collect both from the same network",
+            )
+        return Statistics(
+            {name: tensor.merge(other.tensors[name]) for name, tensor in self.tensors.items()},
+            self.images + other.images,
+            self.model_digest,
+            self.set_digest if self.set_digest == other.set_digest else "",
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one ``.npz`` file, atomically; nothing in it is pickled."""
+        arrays: dict[str, Array] = {}
+        index: list[dict[str, Any]] = []
+        for number, (name, tensor) in enumerate(self.tensors.items()):
+            h, c = tensor.histogram, tensor.channels
+            index.append(
+                {
+                    "name": name,
+                    "first": h.first,
+                    "exponent": h.exponent,
+                    "minimum": h.minimum,
+                    "maximum": h.maximum,
+                    "zeros": h.zeros,
+                    "count": c.count,
+                }
+            )
+            arrays[f"{number}.counts"] = h.counts
+            arrays[f"{number}.channels"] = np.stack([c.minimum, c.maximum, c.mean, c.var])
+        header = {
+            "schema_version": _SCHEMA,
+            "images": self.images,
+            "model_digest": self.model_digest,
+            "set_digest": self.set_digest,
+            "tensors": index,
+        }
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        with atomic_writer(Path(path)) as file:
+            file.write(buffer.getbuffer())
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CalibrationError: The file is missing or is not a statistics file.
+        """
+        try:
+            with np.load(Path(path), allow_pickle=False) as data:
+                header = json.loads(data["header"].tobytes())
+                if header["schema_version"] != _SCHEMA:
+                    raise ValueError(f"schema version {header['schema_version']}")
+                tensors: dict[str, TensorStatistics] = {}
+                for number, entry in enumerate(header["tensors"]):
+                    low, high, mean, var = data[f"{number}.channels"]
+                    tensors[entry["name"]] = TensorStatistics(
+                        Histogram(
+                            data[f"{number}.counts"],
+                            int(entry["first"]),
+                            int(entry["exponent"]),
+                            float(entry["minimum"]),
+                            float(entry["maximum"]),
+                            int(entry["zeros"]),
+                        ),
+                        Moments(int(entry["count"]), low, high, mean, var),
+                    )
+                return cls(tensors, int(header["images"]), header["model_digest"], header["set_digest"])
+        except Exception as error:
+            raise CalibrationError(
+                f"this is not a statistics file ({type(error).__name__}: {error})",
+                where=str(path),
+                remedy="collect the statistics again",
+            ) from error
+
+
+def micro_batches(batches: Iterable[Mapping[str, Array]], size: int) -> Iterator[dict[str, Array]]:
+    """The same stream of images, cut anew into batches of `size` (the last one may be shorter).
+
+    Args:
+        batches: By input name; axis 0 counts the images and has the same length for every input.
+        size: Images a micro-batch.
+    """
+    waiting: list[Mapping[str, Array]] = []
+    held = 0
+    for batch in batches:
+        lengths = {len(array) for array in batch.values()}
+        if len(lengths) != 1:
+            raise CalibrationError(
+                "the inputs of one batch do not hold the same number of images",
+                where=", ".join(f"{name}: {len(array)}" for name, array in batch.items()),
+                remedy="give every input one entry an image along axis 0",
+            )
+        start, length = 0, lengths.pop()
+        while start < length:
+            take = min(size - held, length - start)
+            waiting.append({name: array[start : start + take] for name, array in batch.items()})
+            held += take
+            start += take
+            if held == size:
+                yield _join(waiting)
+                waiting, held = [], 0
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    if len(parts) == 1:
+        return {name: np.ascontiguousarray(array) for name, array in parts[0].items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def observable(graph: Graph) -> list[str]:
+    """The values that depend on the graph's inputs, inputs included, in order of execution (also integer ones)."""
+    known = {spec.name for spec in graph.inputs}
+    found = [spec.name for spec in graph.inputs]
+    for node in graph.nodes:
+        if node.op_type == "Shape" and node.domain in ("", "ai.onnx"):
+            continue  # shapes depend on the input's size, not on the images
+        if any(name in known for name in node.input):
+            fresh = [name for name in node.output if name]
+            known.update(fresh)
+            found += fresh
+    return found
+
+
+def collect(
+    graph: Graph,
+    batches: Iterable[Mapping[str, Array]],
+    *,
+    values: Sequence[str] | None = None,
+    micro_batch: int = 16,
+    device: str | torch.device | None = None,
+    progress: Progress = SILENT,
+    total: int | None = None,
+    set_digest: str = "",
+) -> Statistics:
+    """Run the images through the network and take the statistics of its activations, in one pass.
+
+    Args:
+        graph: The network; deployments use the batch-norm-folded graph.
+        batches: Images by input name, cut in any way.
+        values: Names of the activations to watch; ``None``: all floating-point ones, with inputs and outputs.
+        micro_batch: Images that go through the network at a time. The peak memory grows with it; the result depends on it at most
+            in the last bit of the means (and of activations, where a library's arithmetic depends on the batch size).
+        device: Where to compute; ``None``: a CUDA device where there is one.
+        progress: Where to report.
+        total: Number of images, if known, for the time left.
+        set_digest: Digest of the calibration set, kept in the result.
+
+    Raises:
+        CalibrationError: No images, or activations that are not finite.
+    """
+    from zsq_deploy.model.twin import Twin
+
+    if micro_batch < 1:
+        raise UsageError("a micro-batch holds at least one image", where="micro_batch", remedy="choose 1 or more")
+    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    twin = Twin(graph, dtype=torch.float32, device=place)
+    watched = list(values) if values is not None else observable(graph)
+    unknown = set(watched) - set(observable(graph))
+    if unknown:
+        raise UsageError(
+            f"the network has no activation named {', '.join(sorted(unknown)[:3])}",
+            where="values",
+            remedy="use names of activations of this graph",
+        )
+    builder = StatisticsBuilder(model_digest=graph.digest, set_digest=set_digest)
+
+    def tap(name: str) -> Any:
+        def look(x: torch.Tensor) -> None:
+            builder.add(name, x)
+
+        return look
+
+    taps = {name: tap(name) for name in watched}
+    seen = 0
+    with progress.task("ranges", float(total or 0)) as task, torch.no_grad():
+        for batch in micro_batches(batches, micro_batch):
+            feeds = {name: torch.from_numpy(array).to(place) for name, array in batch.items()}
+            twin.run(feeds, fetch=(), taps=taps)
+            number = len(next(iter(batch.values())))
+            seen += number
+            task.advance(number)
+    if seen == 0:
+        raise CalibrationError("the calibration set is empty", where="collect", remedy="synthesize at least one image")
+    return builder.finish(seen)
