@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zsq_deploy.errors import DataError, EngineError, UsageError
-from zsq_deploy.verify.divergence import TensorWalk, first_divergence, layer_quality
+from zsq_deploy.verify.divergence import TensorWalk, first_divergence, layer_quality, walk_tensors
 from zsq_deploy.verify.parity import SQNR_LIMIT_DB
 
 NAMES = ("input", "a", "b", "c")
@@ -69,6 +69,18 @@ def test_batches_add_up():
     for cut in (slice(0, 1), slice(1, 4), slice(4, 6)):
         walk.update({n: v[cut] for n, v in engine.items()}, {n: v[cut] for n, v in reference.items()})
     assert walk.result() == whole
+
+
+def test_two_executions_are_run_and_compared():
+    x = np.random.default_rng(3).integers(1, 9, size=(6, 6))
+
+    def run(flip):
+        return lambda feeds, names: {name: execution(feeds["input"], flip)[name] for name in names}
+
+    found = walk_tensors([{"input": x[:3]}, {"input": x[3:]}], run((0, 2)), run(None), NAMES[1:], STEPS)
+    assert found.samples == 6
+    assert found.first == "a"
+    assert found.tensors[0].samples_differing == 2  # the first sample of each batch
 
 
 def test_identical_executions():

@@ -172,7 +172,7 @@ def _exact_card(target: TargetSection) -> dict[str, Any]:
     if exact is None or exact.equal_share is None:
         why = target.not_measured.get("parity.integer", "not compared with exact integer arithmetic")
         return _card("Bit for bit", words.NOTHING, "", why)
-    detail = f"of {words.count(exact.elements)} outputs equal exact integer arithmetic"
+    detail = f"equal to exact integer arithmetic; {words.count(exact.elements)} outputs compared"
     if exact.max_lsb:
         detail += f"; largest difference {words.lsb(exact.max_lsb)} LSB"
     good = exact.equal_share >= 0.9999
@@ -191,14 +191,14 @@ def _twin_card(target: TargetSection) -> dict[str, Any]:
     if parity.within_2_lsb is None:
         why = target.not_measured.get("parity", "not compared with the fake-quant twin")
         return _card("As simulated", words.NOTHING, "", why)
-    detail = f"of outputs within 2 LSB of the simulation; largest {words.lsb(parity.max_lsb)} LSB"
+    detail = f"within 2 LSB of the fake-quant simulation; largest {words.lsb(parity.max_lsb)} LSB"
     if parity.top1_agreement is not None:
         detail += f"; top-1 agreement {words.percent(parity.top1_agreement)}"
     good = parity.within_2_lsb >= 0.995
     return _card(
         "As simulated",
         words.percent(parity.within_2_lsb),
-        "",
+        "of outputs",
         detail,
         tone="" if good else "fair",
         meter=parity.within_2_lsb,
@@ -216,25 +216,27 @@ def _cards(target: TargetSection) -> list[dict[str, Any]]:
     ]
 
 
-def _sentence(report: Report, name: str, target: TargetSection) -> str:
-    """What happened, in one sentence."""
-    parts = [f"{report.model.name} runs on {name} as an integer engine"]
-    latency = target.latency
-    if latency.speedup is not None:
-        parts.append(f"{words.times(latency.speedup)} as fast as fp32")
+def _sentence(report: Report, name: str, target: TargetSection, *, first: bool) -> str:
+    """What happened, in one sentence; the network is named in the first one only."""
+    gains = []
+    if target.latency.speedup is not None:
+        gains.append(f"{words.times(target.latency.speedup)} as fast as fp32")
     if target.float_model is not None and target.engine.bytes:
         ratio = target.float_model.bytes / target.engine.bytes
-        parts.append(f"{words.times(ratio)} smaller" if ratio >= 1 else f"{words.times(1 / ratio)} larger")
-    sentence = ", ".join(parts)
+        gains.append(f"{words.times(ratio)} smaller" if ratio >= 1 else f"{words.times(1 / ratio)} larger")
     accuracy = target.accuracy
     if accuracy is not None and accuracy.engine is not None:
-        if accuracy.metric == "top1" and accuracy.float_ is not None:
-            sentence += f", at {words.percent(accuracy.engine)} accuracy (float: {words.percent(accuracy.float_)})"
-        elif accuracy.metric == "agreement_with_float":
-            sentence += f"; it decides as float does on {words.percent(accuracy.engine)} of the images (an estimate)"
-        elif accuracy.metric == "psnr_db" and accuracy.float_ is not None:
-            sentence += f", at {words.decibel(accuracy.engine)} PSNR (float: {words.decibel(accuracy.float_)})"
-    return sentence + "."
+        shown = words.quality(accuracy.engine, accuracy.metric)
+        if accuracy.metric == "agreement_with_float":
+            gains.append(f"with float's decision on {shown} of the images (an estimate)")
+        elif accuracy.metric == "sqnr_db":
+            gains.append(f"with an output SQNR of {shown}")
+        else:
+            kind = "accuracy" if accuracy.metric == "top1" else "PSNR"
+            gains.append(f"at {shown} {kind} (float: {words.quality(accuracy.float_, accuracy.metric)})")
+    if first:
+        return ", ".join([f"{report.model.name} runs on {name} as an integer engine", *gains]) + "."
+    return f"On {name}: " + (", ".join(gains) or "an integer engine") + "."
 
 
 def _lead(report: Report) -> str:
@@ -332,7 +334,7 @@ def _target(report: Report, name: str, target: TargetSection, index: int) -> dic
         "slug": slug,
         "data": target,
         "cards": _cards(target),
-        "sentence": _sentence(report, name, target),
+        "sentence": _sentence(report, name, target, first=index == 0),
         "figures": {key: markupsafe.Markup(svg) if svg else None for key, svg in figures.items()},  # noqa: S704 - drawn by us
         "references": _references(target),
         "kernels": _kernels(target),

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from zsq_deploy.report import words
 from zsq_deploy.report.schema import AccuracySection, Histogram, LatencySection, LayerRange, TensorRow
 
 __all__ = ["accuracy_bars", "growth", "latency_bars", "layer_sqnr", "lsb_histogram", "range_bars", "size_bars"]
@@ -35,7 +36,7 @@ _VARIABLES = {
     _REFERENCE: "--reference",
     _WARN: "--warn",
 }
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {  # newer stubs name every setting, older ones do not
     "svg.hashsalt": "zsq-deploy",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -52,6 +53,8 @@ _SETTINGS: dict[str, Any] = {
 }
 #: So many layers get a name in a figure; longer networks are shown by number, and by name in the table.
 _NAMED_LAYERS = 48
+#: Width of a figure over the whole page, in inches.
+_WIDE = 10.9
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -125,10 +128,6 @@ def _bars(
     return figure, axes
 
 
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
-
-
 def latency_bars(latency: LatencySection, name: str) -> str | None:
     """Median of engine, best float mode and fp32, with p90 and p99 as marks."""
     rows, errors = [], []
@@ -140,7 +139,7 @@ def latency_bars(latency: LatencySection, name: str) -> str | None:
         numbers = getattr(latency, key)
         if numbers is None or numbers.median_ms is None:
             continue
-        rows.append((label, numbers.median_ms, colour, _milliseconds(numbers.median_ms)))
+        rows.append((label, numbers.median_ms, colour, words.milliseconds(numbers.median_ms)))
         marks = ((numbers.p90_ms, "|"), (numbers.p99_ms, "d"))
         errors.append([(value, style) for value, style in marks if value is not None])
     if not rows:
@@ -251,7 +250,7 @@ def layer_sqnr(layers: Sequence[TensorRow], name: str) -> str | None:
     values = [min(max(float(row.sqnr_db or 0.0), -10.0), 80.0) for row in rows]
     named = len(rows) <= _NAMED_LAYERS
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(min(10.5, max(5.2, 0.19 * len(rows) + 1.2)), 3.3 if named else 2.5)
+        figure, axes = _figure(_WIDE, 3.3 if named else 2.5)
         lowest = min(range(len(rows)), key=values.__getitem__)
         axes.vlines(range(len(rows)), 0, values, color=_ENGINE, linewidth=2.2 if len(rows) < 120 else 0.8)
         if len(rows) < 200:
@@ -266,7 +265,7 @@ def layer_sqnr(layers: Sequence[TensorRow], name: str) -> str | None:
 
 
 def range_bars(ranges: Sequence[LayerRange], name: str) -> str | None:
-    """The range of every tensor as a bar, on an axis that is linear near zero and logarithmic beyond."""
+    """The range of every tensor as a bar; where some are far wider than others, the axis is logarithmic away from zero."""
     if not ranges:
         return None
     named = len(ranges) <= _NAMED_LAYERS
@@ -274,13 +273,14 @@ def range_bars(ranges: Sequence[LayerRange], name: str) -> str | None:
     middle = sizes[len(sizes) // 2]
     threshold = 10.0 ** math.floor(math.log10(middle)) if middle > 0 else 1.0
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(min(10.5, max(5.2, 0.19 * len(ranges) + 1.2)), 3.6 if named else 2.8)
+        figure, axes = _figure(_WIDE, 3.6 if named else 2.8)
         for place, row in enumerate(ranges):
             axes.bar(place, row.high - row.low, bottom=row.low, width=0.62, color=_ENGINE)
             seen = [value for value in (row.seen_low, row.seen_high) if value is not None]
             if seen:
                 axes.plot([place] * len(seen), seen, "_", color=_INK, markersize=6, markeredgewidth=1.1)
-        axes.set_yscale("symlog", linthresh=threshold)
+        if sizes[-1] > 30 * middle:
+            axes.set_yscale("symlog", linthresh=threshold)
         axes.axhline(0, color=_SOFT, linewidth=0.8)
         axes.set_ylabel("value")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -299,7 +299,7 @@ def growth(tensors: Sequence[TensorRow], name: str) -> str | None:
     values = [100 * (row.differing_share or 0.0) for row in rows]
     named = len(rows) <= _NAMED_LAYERS
     with mpl.rc_context(_SETTINGS):
-        figure, axes = _figure(min(10.5, max(5.2, 0.19 * len(rows) + 1.2)), 3.0 if named else 2.2)
+        figure, axes = _figure(_WIDE, 3.0 if named else 2.2)
         axes.bar(range(len(rows)), values, width=0.7, color=_ENGINE)
         axes.set_ylabel("codes that differ")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))

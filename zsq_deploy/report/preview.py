@@ -50,7 +50,7 @@ def contact_sheet(
     raw_pixels: bool = False,
     limit: int = 24,
     columns: int = 12,
-    size: int = 72,
+    size: int = 84,
     gap: int = 4,
 ) -> dict[str, Any] | None:
     """The first images of a set side by side, as ``calibration.preview`` of the report.

@@ -461,7 +461,8 @@ class Report(_Section):
     model: ModelSection = Field(description="The network.")
     calibration: CalibrationSection = Field(description="The calibration set and the ranges found on it.")
     evaluation: EvaluationSection = Field(
-        default_factory=lambda: EvaluationSection(kind="none", estimate=False), description="What was evaluated on."
+        default_factory=lambda: EvaluationSection.model_validate({"kind": "none", "estimate": False}),
+        description="What was evaluated on.",
     )
     targets: dict[str, TargetSection] = Field(description="The deployment targets, by name.")
     baselines: list[BaselineRow] = Field(default_factory=list, description="Other calibration sets beside this one.")

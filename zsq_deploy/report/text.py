@@ -41,42 +41,29 @@ def _quality_rows(report: Report) -> list[tuple[str, _Cell]]:
 
     estimate = metric in ("agreement_with_float", "sqnr_db")
     rows = [] if estimate else [(f"{title}, float", cell("float_"))]
-    rows.append((f"{title}, fake-quant twin", cell("reference")))
+    rows.append((f"{title}, twin", cell("reference")))
     rows.append((f"{title}, engine" + (" (estimate)" if estimate else ""), cell("engine")))
     if metric == "top1":
         rows.append(("agreement with float, engine", agreement))
     return rows
 
 
-def _time(numbers: LatencyNumbers | None) -> str:
-    if numbers is None or numbers.median_ms is None:
-        return words.NOTHING
-    return f"{words.milliseconds(numbers.median_ms)} (p99 {words.milliseconds(numbers.p99_ms)})"
+def _time(form: str, percentile: str = "median_ms") -> _Cell:
+    def text(target: TargetSection) -> str:
+        numbers: LatencyNumbers | None = getattr(target.latency, form)
+        return words.milliseconds(getattr(numbers, percentile)) if numbers else words.NOTHING
 
-
-def _size(target: TargetSection) -> str:
-    text = words.bytes_text(target.engine.bytes)
-    if target.float_model is not None and target.engine.bytes:
-        text += f" ({words.times(target.float_model.bytes / target.engine.bytes)} smaller)"
     return text
+
+
+def _smaller(target: TargetSection) -> str:
+    if target.float_model is None or not target.engine.bytes:
+        return words.NOTHING
+    return words.times(target.float_model.bytes / target.engine.bytes)
 
 
 def _exact(target: TargetSection) -> str:
     return words.percent(target.parity.integer.equal_share) if target.parity.integer else words.NOTHING
-
-
-def _twin(target: TargetSection) -> str:
-    parity = target.parity
-    if parity.within_2_lsb is None:
-        return words.NOTHING
-    return f"{words.percent(parity.within_2_lsb)} (largest {words.lsb(parity.max_lsb)} LSB)"
-
-
-def _integer(target: TargetSection) -> str:
-    integer = target.integer
-    if integer.macs_share is None:
-        return words.NOTHING
-    return f"{words.percent(integer.macs_share)} of MACs, {words.percent(integer.time_share, 1)} of time"
 
 
 def summary(report: Report) -> RenderableType:
@@ -92,14 +79,18 @@ def summary(report: Report) -> RenderableType:
         table.add_column(escape(name), justify="right")
     rows: list[tuple[str, _Cell]] = [
         *_quality_rows(report),
-        ("latency, engine", lambda target: _time(target.latency.engine)),
-        ("latency, best float mode", lambda target: _time(target.latency.float_best)),
-        ("latency, fp32", lambda target: _time(target.latency.float32)),
+        ("latency, engine", _time("engine")),
+        ("latency, engine, p99", _time("engine", "p99_ms")),
+        ("latency, best float mode", _time("float_best")),
+        ("latency, fp32", _time("float32")),
         ("speed-up over fp32", lambda target: words.times(target.latency.speedup)),
-        ("file", _size),
-        ("integer kernels", _integer),
+        ("engine file", lambda target: words.bytes_text(target.engine.bytes)),
+        ("smaller than float", _smaller),
+        ("MACs in integer kernels", lambda target: words.percent(target.integer.macs_share)),
+        ("time in integer kernels", lambda target: words.percent(target.integer.time_share)),
         ("equal to exact integers", _exact),
-        ("within 2 LSB of the twin", _twin),
+        ("within 2 LSB of the twin", lambda target: words.percent(target.parity.within_2_lsb)),
+        ("largest difference, LSB", lambda target: words.lsb(target.parity.max_lsb)),
         ("top-1 agreement with the twin", lambda target: words.percent(target.parity.top1_agreement)),
     ]
     for title, cell in rows:

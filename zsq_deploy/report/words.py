@@ -24,7 +24,7 @@ def percent(share: float | None, digits: int = 2) -> str:
     text = f"{value:.{places}f}"
     if value in (0, 100):
         text = f"{value:.0f}"
-    return f"{text} %"
+    return f"{text}\u00a0%"
 
 
 def points(difference: float | None) -> str:
@@ -33,8 +33,8 @@ def points(difference: float | None) -> str:
         return NOTHING
     value = 100 * difference
     if round(value, 2) == 0:
-        return "±0 points" if value == 0 else f"{value:+.4f} points".replace("-", "−")
-    return f"{value:+.2f} points".replace("-", "−")
+        return "±0\u00a0points" if value == 0 else f"{value:+.4f}\u00a0points".replace("-", "−")
+    return f"{value:+.2f}\u00a0points".replace("-", "−")
 
 
 def times(ratio: float | None) -> str:
@@ -49,8 +49,8 @@ def milliseconds(value: float | None) -> str:
     if value is None:
         return NOTHING
     if value >= 1000:
-        return f"{_significant(value / 1000)} s"
-    return f"{_significant(value)} ms" if value >= 0.1 else f"{_significant(value * 1000)} µs"
+        return f"{_significant(value / 1000)}\u00a0s"
+    return f"{_significant(value)}\u00a0ms" if value >= 0.1 else f"{_significant(value * 1000)}\u00a0µs"
 
 
 def _significant(value: float, digits: int = 3) -> str:
@@ -65,10 +65,10 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NOTHING
     if value < 60:
-        return f"{_significant(value, 2) if value < 10 else format(value, '.0f')} s"
+        return f"{_significant(value, 2) if value < 10 else format(value, '.0f')}\u00a0s"
     whole = round(value)
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60} min {whole % 60:02d}\u00a0s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
@@ -78,9 +78,9 @@ def bytes_text(value: float | None) -> str:
         return NOTHING
     for unit in ("bytes", "kB", "MB"):
         if abs(value) < 1000:
-            return f"{value:.0f} bytes" if unit == "bytes" else f"{_significant(value)} {unit}"
+            return f"{value:.0f}\u00a0bytes" if unit == "bytes" else f"{_significant(value)}\u00a0{unit}"
         value /= 1000
-    return f"{_significant(value)} GB"
+    return f"{_significant(value)}\u00a0GB"
 
 
 def count(value: float | None) -> str:
@@ -96,7 +96,7 @@ def short_count(value: float | None) -> str:
         if abs(value) < 1000:
             return f"{value:.0f}" if not unit else f"{_significant(value)}{unit}"
         value /= 1000
-    return f"{_significant(value)} T"
+    return f"{_significant(value)}\u00a0T"
 
 
 def lsb(value: float | None) -> str:
@@ -110,7 +110,7 @@ def decibel(value: float | None) -> str:
     """A ratio in dB; the limit of what can be measured is called identical."""
     if value is None:
         return NOTHING
-    return "identical" if value >= 320 else f"{value:.1f} dB"
+    return "identical" if value >= 320 else f"{value:.1f}\u00a0dB"
 
 
 def quality(value: float | None, metric: str) -> str:

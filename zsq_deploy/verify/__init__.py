@@ -11,6 +11,7 @@ from zsq_deploy.verify.divergence import (
     TensorWalk,
     first_divergence,
     layer_quality,
+    walk_tensors,
 )
 from zsq_deploy.verify.gates import GateResult, Gates, evaluate_gates
 from zsq_deploy.verify.latency import (
@@ -61,4 +62,5 @@ __all__ = [
     "measure",
     "peak_rss_bytes",
     "prove",
+    "walk_tensors",
 ]

@@ -10,7 +10,7 @@ The same walk, over the quantized twin and the float twin, gives the per-layer S
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,20 @@ import numpy.typing as npt
 from zsq_deploy.errors import DataError, EngineError, UsageError
 from zsq_deploy.verify.parity import LSB_SLACK, sqnr_db
 
-__all__ = ["Divergence", "FlipTrace", "TensorDifference", "TensorWalk", "first_divergence", "layer_quality"]
+__all__ = [
+    "Divergence",
+    "FlipTrace",
+    "TensorDifference",
+    "TensorWalk",
+    "first_divergence",
+    "layer_quality",
+    "walk_tensors",
+]
 
 Array = npt.NDArray[Any]
+
+#: Runs one execution on one batch and gives the named tensors.
+Fetch = Callable[[Mapping[str, Array], Sequence[str]], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -293,3 +304,25 @@ def layer_quality(
     The noise of a tensor is what all layers up to it have added.
     """
     return first_divergence(names, quantized, floating, steps).tensors
+
+
+def walk_tensors(
+    batches: Iterable[Mapping[str, Array]],
+    engine: Fetch,
+    reference: Fetch,
+    names: Sequence[str],
+    steps: Mapping[str, float] | None = None,
+) -> Divergence:
+    """Run two executions over some batches and compare the named tensors.
+
+    Args:
+        batches: Inputs by name.
+        engine: ``engine(feeds, names)`` gives the named tensors of one execution, by name; for codes a step is 1.
+        reference: The same of the other execution.
+        names: The tensors in topological order, as both sides name them.
+        steps: The quantization step of each tensor, where it has one.
+    """
+    walk = TensorWalk(names, steps)
+    for feeds in batches:
+        walk.update(engine(feeds, names), reference(feeds, names))
+    return walk.result()

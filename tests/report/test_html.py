@@ -1,0 +1,255 @@
+"""The page: complete, self-contained, escaped, deterministic, and drawn whatever is missing."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zsq_deploy.errors import ZsqError
+from zsq_deploy.report import parse, render_html, write_html
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sample
+
+VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use", "rect", "circle", "line", "polygon", "polyline"}
+
+
+class Checker(HTMLParser):
+    """Counts elements, and checks that they close in order, that identifiers are unique and that references exist."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.tags, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+        doubled = {name for name in self.ids if self.ids.count(name) > 1}
+        assert not doubled, f"identifiers used twice: {doubled}"
+        missing = {link for link in self.links if link not in self.ids}
+        assert not missing, f"references to nothing: {missing}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        values = dict(attrs)
+        assert not [name for name in values if name.startswith("on")], "event handler"
+        if "id" in values:
+            self.ids.append(values["id"])
+        for name in ("href", "aria-labelledby"):
+            if name in values:
+                target = values[name]
+                if name == "href":
+                    assert target.startswith("#"), target
+                self.links.append(target.removeprefix("#"))
+        self.links += re.findall(r"url\(#([^)]+)\)", " ".join(v or "" for v in values.values()))
+        if tag == "img":
+            assert values["src"].startswith("data:image/")
+            assert values["alt"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render_html(sample.report(targets=2))
+
+
+def slim():
+    """A report without the figures that take long to draw."""
+    value = sample.report().to_json()
+    value["calibration"]["ranges"] = value["calibration"]["ranges"][:2]
+    target = value["targets"]["ort-x86-vnni"]
+    target["layers"] = target["layers"][:2]
+    target["parity"]["divergence"] = None
+    return value
+
+
+def test_the_page_is_well_formed(page):
+    checker = Checker(page)
+    assert checker.tags.count("svg") >= 10
+    assert checker.tags.count("img") == 1
+    assert "script" not in checker.tags
+    assert "link" not in checker.tags
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|src=[\"'](?!data:)", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_figures_are_those_of_the_report(page):
+    text = re.sub(r"\s+", " ", " ".join(Checker(page).text))
+    for figure in (
+        "resnet20_cifar10",
+        "2.30×",
+        "84.30 %",
+        "−0.40 points",
+        "311 kB",
+        "1 of 10 demanded limits",
+        "98.70 %",
+    ):
+        assert figure in text, figure
+    for title in (
+        "Exact integer arithmetic",
+        "Calibrated without data",
+        "Beside other calibration sets",
+        "ort-x86-avx2",
+    ):
+        assert title in text
+
+
+def test_every_picture_has_a_text_for_those_who_do_not_see_it(page):
+    drawn = re.findall(r"<svg[^>]*>", page)
+    assert drawn
+    assert all('role="img"' in tag and re.search(r'aria-label="[^"]{10,}"', tag) for tag in drawn)
+
+
+def test_the_same_report_gives_the_same_page(page):
+    report = parse(parse(sample.report(targets=2).to_json()).to_json())
+    again = render_html(report)
+    stamp = re.compile(r"<span>\d{4}-\d\d-\d\d \d\d:\d\d</span>")
+    assert stamp.sub("", again) == stamp.sub("", page)
+
+
+def test_an_estimate_is_called_one():
+    text = " ".join(Checker(render_html(sample.report(estimate=True))).text)
+    assert "estimate" in text
+    assert "Agreement with float" in text
+    assert "1 of 5 demanded limits is not kept" in text
+
+
+ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & $\\frac{x}$ $ ]]>"
+
+
+def poison(value):
+    """The attack in every free text of a report."""
+    if isinstance(value, dict):
+        return {key: poison(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poison(item) for item in value]
+    return ATTACK if isinstance(value, str) else value
+
+
+def test_text_from_a_model_or_a_machine_cannot_become_markup():
+    value = sample.report().to_json()
+    keep = {
+        "calibration": {"preview": value["calibration"]["preview"]["data_uri"]},
+        "metric": value["targets"]["ort-x86-vnni"]["accuracy"]["metric"],
+    }
+    poisoned = poison(value)
+    poisoned["calibration"]["preview"]["data_uri"] = keep["calibration"]["preview"]
+    poisoned["targets"] = {ATTACK: poisoned["targets"]["ort-x86-vnni"]}
+    poisoned["targets"][ATTACK]["accuracy"]["metric"] = keep["metric"]
+    poisoned["evaluation"]["kind"] = "labelled"
+    poisoned["recipe"] = {ATTACK: {ATTACK: [ATTACK]}}
+    checker = Checker(render_html(parse(poisoned)))
+    assert "script" not in checker.tags
+    assert checker.tags.count("img") == 1
+    assert "alert(1)" in " ".join(checker.text)
+
+
+LEAST = {
+    "schema_version": 1,
+    "tool": {"version": "0"},
+    "model": {"name": "m"},
+    "calibration": {"method": "ones", "images": 1, "seconds": 0},
+    "targets": {"t": {"engine": {"path": "e", "bytes": 1}}},
+}
+
+
+def test_the_least_report_is_drawn():
+    text = " ".join(Checker(render_html(parse(LEAST))).text)
+    assert "not measured" in text
+    assert "no evaluation data" in text
+
+
+def test_a_report_without_targets_is_drawn():
+    assert "Calibrated without data" in render_html(parse({**LEAST, "targets": {}}))
+
+
+@pytest.mark.parametrize("part", ["accuracy", "float_model", "integer", "parity", "latency", "layers", "notes"])
+def test_any_part_of_a_target_may_be_missing(part):
+    value = slim()
+    target = value["targets"]["ort-x86-vnni"]
+    del target[part]
+    target["not_measured"] = {part: "this was not asked for"}
+    Checker(render_html(parse(value)))
+
+
+@pytest.mark.parametrize("part", ["float", "integer", "unfused", "histogram", "top1_agreement"])
+def test_any_part_of_parity_may_be_missing(part):
+    value = slim()
+    value["targets"]["ort-x86-vnni"]["parity"][part] = None
+    Checker(render_html(parse(value)))
+
+
+@pytest.mark.parametrize("part", ["engine", "float32", "float_best", "speedup"])
+def test_any_part_of_latency_may_be_missing(part):
+    value = slim()
+    value["targets"]["ort-x86-vnni"]["latency"][part] = None
+    Checker(render_html(parse(value)))
+
+
+@pytest.mark.parametrize("metric", ["psnr_db", "sqnr_db"])
+def test_networks_without_classes_are_drawn(metric):
+    value = slim()
+    value["targets"]["ort-x86-vnni"]["accuracy"] = {
+        "metric": metric, "float": 31.25, "reference": 31.0, "engine": 30.75, "images": 12, "estimate": metric == "sqnr_db",
+    }  # fmt: skip
+    text = " ".join(Checker(render_html(parse(value))).text)
+    assert "30.8" in text
+
+
+def test_a_slow_and_large_engine_is_not_praised():
+    value = slim()
+    target = value["targets"]["ort-x86-vnni"]
+    target["latency"]["speedup"] = 0.8
+    target["float_model"]["bytes"] = 100_000
+    text = " ".join(Checker(render_html(parse(value))).text)
+    assert "0.80× as fast as fp32: slower" in re.sub(r"\s+", " ", text)
+    assert "3.11× larger" in text
+
+
+def test_a_very_deep_network_is_drawn():
+    value = slim()
+    target = value["targets"]["ort-x86-vnni"]
+    row = target["layers"][0]
+    target["layers"] = [{**row, "name": f"layer{i}", "index": i} for i in range(400)]
+    value["calibration"]["ranges"] = [
+        {"name": f"layer{i}", "low": -(10.0 ** (i % 7)), "high": 0.0 if i == 5 else 1.0} for i in range(400)
+    ]
+    assert len(render_html(parse(value))) < 2_000_000
+
+
+def test_a_picture_by_its_file_is_taken_in_from_the_report_s_own_folder_only(tmp_path):
+    value = slim()
+    (tmp_path / "out").mkdir()
+    for folder in (tmp_path, tmp_path / "out"):
+        Image.new("RGB", (4, 4)).save(folder / "sheet.png")
+    preview = {"images": 1, "caption": "one"}
+    value["calibration"]["preview"] = {**preview, "file": "sheet.png"}
+    write_html(parse(value), tmp_path / "out" / "report.html")
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for outside in ("../sheet.png", str(tmp_path / "sheet.png"), "missing.png"):
+        value["calibration"]["preview"] = {**preview, "file": outside}
+        assert "data:image" not in render_html(parse(value), folder=tmp_path / "out").replace("img-src data:", "")
+    (tmp_path / "out" / "fake.png").write_text("no picture")
+    value["calibration"]["preview"] = {**preview, "file": "fake.png"}
+    with pytest.raises(ZsqError, match="neither PNG nor JPEG"):
+        render_html(parse(value), folder=tmp_path / "out")
