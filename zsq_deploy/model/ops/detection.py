@@ -87,10 +87,11 @@ def _samples(
     return low.to(torch.int64), high.to(torch.int64), (at - low).to(x.dtype), valid.to(x.dtype), count
 
 
-@op("RoiAlign", since=16)
+@op("RoiAlign")
 def roi_align(node: Node) -> Kernel:
     """Bilinear samples in every bin of every region, averaged or maximal (He et al. 2017, section 3)."""
-    shift = 0.5 if node.get("coordinate_transformation_mode", "half_pixel") == "half_pixel" else 0.0
+    default = "half_pixel" if node.opset >= 16 else "output_half_pixel"
+    shift = 0.5 if node.get("coordinate_transformation_mode", default) == "half_pixel" else 0.0
     rows, columns = int(node.get("output_height", 1)), int(node.get("output_width", 1))
     ratio, scale = int(node.get("sampling_ratio", 0)), float(node.get("spatial_scale", 1.0))
     average = node.get("mode", "avg") == "avg"

@@ -23,7 +23,14 @@ def batch_normalization(node: Node) -> Kernel:
     """Per-channel normalization with stored statistics; in training mode with those of the batch (opset 14 and later)."""
     epsilon, momentum = float(node.get("epsilon", 1e-5)), float(node.get("momentum", 0.9))
     if not node.get("training_mode", 0):
-        return lambda x, scale, bias, mean, var: F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
+
+        def inference(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            if mean.requires_grad or var.requires_grad:  # torch takes stored statistics for constants
+                factor = _per_channel(scale / torch.sqrt(var + epsilon), x.dim())
+                return (x - _per_channel(mean, x.dim())) * factor + _per_channel(bias, x.dim())
+            return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
+
+        return inference
     outputs = node.outputs
 
     def training(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -201,7 +202,8 @@ def max_roi_pool(node: Node) -> Kernel:
         height, width = x.shape[2:]
         found = []
         for region in regions.tolist():
-            x1, y1, x2, y2 = (math.floor(value * scale + 0.5) for value in region[1:])
+            # which bin a border falls into depends on the last bit of the float32 product
+            x1, y1, x2, y2 = (math.floor(float(np.float32(value) * np.float32(scale)) + 0.5) for value in region[1:])
             step_y, step_x = max(y2 - y1 + 1, 1) / rows, max(x2 - x1 + 1, 1) / columns
             plane = x[int(region[0])]
             bins = []
