@@ -151,6 +151,23 @@ def runner(
     return OrtRunner(path, target, threads=threads, mode=mode, session=session)
 
 
+def open_runner(
+    path: str, target: str, threads: int = 1, mode: Mode = "engine", session: Mapping[str, str] | None = None
+) -> OrtRunner:
+    """A runner from plain values, for a fresh process that measures latency.
+
+    Args:
+        path: File of the model.
+        target: Name of the target.
+        threads: Threads inside an operator.
+        mode: As for :class:`OrtRunner`.
+        session: Further session keys (of :func:`float_modes`).
+    """
+    from zsq_deploy.backends import get_target
+
+    return OrtRunner(Path(path), get_target(target), threads=threads, mode=mode, session=session)
+
+
 def float_modes(target: Target) -> dict[str, dict[str, str]]:
     """The float modes that this device offers: a name -> session keys on top of ``mode="float"``.
 

@@ -418,16 +418,24 @@ def _join(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
 
 
 def observable(graph: Graph) -> list[str]:
-    """The values that depend on the graph's inputs, inputs included, in order of execution (also integer ones)."""
+    """The values that depend on the graph's inputs, inputs included, in order of execution (also integer ones).
+
+    Values that depend on the input's size only (a class token that is expanded to the batch) count when they are floating-point
+    numbers, because they are quantized like any other activation.
+    """
     known = {spec.name for spec in graph.inputs}
+    sized: set[str] = set()
     found = [spec.name for spec in graph.inputs]
     for node in graph.nodes:
+        fresh = [name for name in node.output if name]
         if node.op_type == "Shape" and node.domain in ("", "ai.onnx"):
-            continue  # shapes depend on the input's size, not on the images
-        if any(name in known for name in node.input):
-            fresh = [name for name in node.output if name]
+            sized.update(fresh)
+        elif any(name in known for name in node.input):
             known.update(fresh)
             found += fresh
+        elif any(name in sized for name in node.input):
+            sized.update(fresh)
+            found += [name for name in fresh if (kind := graph.dtype(name)) is not None and kind.kind == "f"]
     return found
 
 
@@ -484,7 +492,7 @@ def collect(
     seen = 0
     with progress.task("ranges", float(total or 0)) as task, torch.no_grad():
         for batch in micro_batches(batches, micro_batch):
-            feeds = {name: torch.from_numpy(array).to(place) for name, array in batch.items()}
+            feeds = {name: torch.tensor(array, device=place) for name, array in batch.items()}
             twin.run(feeds, fetch=(), taps=taps)
             number = len(next(iter(batch.values())))
             seen += number

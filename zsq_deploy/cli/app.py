@@ -1,0 +1,520 @@
+"""The commands. Each one reads its options, calls the library, and prints; nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from zsq_deploy import __version__
+from zsq_deploy.cli import options as o
+from zsq_deploy.errors import UsageError
+from zsq_deploy.progress import Progress, default_progress
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="zsq",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="From a trained network to a verified integer engine for an edge device, without any training data.\n\n"
+    "Start with `zsq demo`, or with your own network: `zsq deploy net.onnx --mean .485,.456,.406 --std .229,.224,.225 -o out`.",
+)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and give the exit code; usage errors of the parser are 2."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=arguments, prog_name="zsq", standalone_mode=False)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except typer.Abort as stop:
+        # The parser turns Ctrl-C into this; whoever called us knows better what to say about it.
+        raise KeyboardInterrupt from stop
+    except Exception as error:
+        # Typer brings its own copy of click, whose usage errors can be told by what they can do.
+        show: Any = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return 2
+    return int(result) if isinstance(result, int) else 0
+
+
+def _progress(quiet: bool, as_json: bool) -> Progress:
+    return default_progress(quiet=quiet or (as_json and not sys.stderr.isatty()))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _show(outcome: Any, as_json: bool) -> None:
+    from zsq_deploy.report.text import print_summary
+
+    if as_json:
+        _print_json(outcome.report.model_dump(mode="json", by_alias=True))
+    else:
+        print_summary(outcome.report, Console())
+        Console().print(f"\nreport: {outcome.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"zsq-deploy {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def deploy(
+    model: o.ModelArg,
+    output: o.OutputOpt,
+    path: o.PathOpt = None,
+    weights: o.WeightsOpt = None,
+    input_shape: o.ShapeOpt = None,
+    mean: o.MeanOpt = None,
+    std: o.StdOpt = None,
+    raw_pixels: o.RawOpt = False,
+    method: o.MethodOpt = "zeroq",
+    images: o.ImagesOpt = 256,
+    param: o.ParamOpt = None,
+    device: o.DeviceOpt = None,
+    calibration: o.SetOpt = None,
+    bits: o.BitsOpt = "w8a8",
+    ranges: o.RangesOpt = "auto",
+    bias_correction: o.BiasOpt = True,
+    exact_scales: o.ExactOpt = True,
+    search: o.SearchOpt = True,
+    exclude: o.ExcludeOpt = None,
+    target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006 -- typer reads it, nobody changes it
+    eval_data: o.EvalOpt = None,
+    limit: o.LimitOpt = None,
+    resize: o.ResizeOpt = False,
+    min_agreement: o.MinAgreementOpt = None,
+    min_float_agreement: o.MinFloatAgreementOpt = None,
+    max_accuracy_drop: o.MaxDropOpt = None,
+    min_speedup: o.MinSpeedupOpt = None,
+    min_within_2_lsb: o.MinLsbOpt = None,
+    min_integer_macs: o.MinMacsOpt = None,
+    min_integer_equal: o.MinEqualOpt = None,
+    max_latency_ms: o.MaxLatencyOpt = None,
+    seed: o.SeedOpt = 0,
+    threads: o.ThreadsOpt = 1,
+    force: o.ForceOpt = False,
+    resume: o.ResumeOpt = False,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """The whole job: a network in, verified integer engines and a report out."""
+    from zsq_deploy.pipeline import deploy as job
+
+    recipe = o.recipe_from(
+        {
+            "model.source": model,
+            "model.path": path,
+            "model.weights": weights,
+            "model.input_shape": input_shape,
+            "model.mean": mean,
+            "model.std": std,
+            "model.raw_pixels": raw_pixels,
+            "calibration.method": method,
+            "calibration.images": images,
+            "calibration.parameters": o.parameters(param),
+            "calibration.device": device,
+            "calibration.set": calibration,
+            "quantization.bits": bits,
+            "quantization.ranges": ranges,
+            "quantization.bias_correction": bias_correction,
+            "quantization.exact_scales": exact_scales,
+            "quantization.search": search,
+            "quantization.exclude": exclude,
+            "targets": target,
+            "verification.eval_data": eval_data,
+            "verification.limit": limit,
+            "verification.resize": resize,
+            "verification.gates.min_agreement": min_agreement,
+            "verification.gates.min_float_agreement": min_float_agreement,
+            "verification.gates.max_accuracy_drop": max_accuracy_drop,
+            "verification.gates.min_speedup": min_speedup,
+            "verification.gates.min_within_2_lsb": min_within_2_lsb,
+            "verification.gates.min_integer_macs": min_integer_macs,
+            "verification.gates.min_integer_equal": min_integer_equal,
+            "verification.gates.max_latency_ms": max_latency_ms,
+            "run.seed": seed,
+            "run.threads": threads,
+        }
+    )
+    outcome = job(
+        recipe, output, force=force, resume=resume, command=shlex.join(sys.argv), progress=_progress(quiet, as_json)
+    )
+    _show(outcome, as_json)
+    return outcome.exit_code
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; every run leaves one as recipe.resolved.yaml.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Output folder (default: run.output of the recipe).")
+    ] = None,
+    words: Annotated[bool, typer.Option("--words", help="List every word of a recipe and stop.")] = False,
+    force: o.ForceOpt = False,
+    resume: o.ResumeOpt = False,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """Run a recipe file."""
+    from zsq_deploy.pipeline import deploy as job
+    from zsq_deploy.recipe import Recipe, describe
+
+    if words:
+        for item in describe():
+            sys.stdout.write(f"{item.name:34} {item.default or '-':14} {item.description}\n")
+        return 0
+    loaded = Recipe.load(recipe).resolved()
+    folder = output or (Path(loaded.run.output) if loaded.run.output else None)
+    if folder is None:
+        raise UsageError("no output folder", where="-o/--output", remedy="give -o, or run.output in the recipe")
+    outcome = job(
+        loaded, folder, force=force, resume=resume, command=shlex.join(sys.argv), progress=_progress(quiet, as_json)
+    )
+    _show(outcome, as_json)
+    return outcome.exit_code
+
+
+@app.command()
+def synth(
+    model: o.ModelArg,
+    output: o.OutputOpt,
+    path: o.PathOpt = None,
+    weights: o.WeightsOpt = None,
+    input_shape: o.ShapeOpt = None,
+    mean: o.MeanOpt = None,
+    std: o.StdOpt = None,
+    raw_pixels: o.RawOpt = False,
+    method: o.MethodOpt = "zeroq",
+    images: o.ImagesOpt = 256,
+    param: o.ParamOpt = None,
+    device: o.DeviceOpt = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            "--export",
+            help="Also write the set for another tool: test-data (onnx .pb folders), polygraphy (inputs JSON), npy (list of .npy).",
+        ),
+    ] = None,
+    seed: o.SeedOpt = 0,
+    force: o.ForceOpt = False,
+    resume: o.ResumeOpt = False,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """Synthesize a calibration set from the network alone."""
+    from zsq_deploy.pipeline.stages import synthesize_set
+
+    recipe = o.recipe_from(
+        {
+            "model.source": model,
+            "model.path": path,
+            "model.weights": weights,
+            "model.input_shape": input_shape,
+            "model.mean": mean,
+            "model.std": std,
+            "model.raw_pixels": raw_pixels,
+            "calibration.method": method,
+            "calibration.images": images,
+            "calibration.parameters": o.parameters(param),
+            "calibration.device": device,
+            "run.seed": seed,
+        }
+    )
+    made = synthesize_set(recipe, output, export=export, force=force, resume=resume, progress=_progress(quiet, as_json))
+    manifest = made.manifest
+    if as_json:
+        _print_json(manifest.model_dump(mode="json"))
+    else:
+        sys.stdout.write(f"{len(made)} {manifest.method} images in {manifest.seconds:.1f} s: {output}\n")
+        for note in manifest.notes:
+            sys.stdout.write(f"note: {note}\n")
+    return 0
+
+
+@app.command()
+def quantize(
+    model: o.ModelArg,
+    output: o.OutputOpt,
+    path: o.PathOpt = None,
+    weights: o.WeightsOpt = None,
+    input_shape: o.ShapeOpt = None,
+    mean: o.MeanOpt = None,
+    std: o.StdOpt = None,
+    raw_pixels: o.RawOpt = False,
+    calibration: o.SetOpt = None,
+    method: o.MethodOpt = "zeroq",
+    images: o.ImagesOpt = 256,
+    param: o.ParamOpt = None,
+    device: o.DeviceOpt = None,
+    bits: o.BitsOpt = "w8a8",
+    ranges: o.RangesOpt = "auto",
+    bias_correction: o.BiasOpt = True,
+    exact_scales: o.ExactOpt = True,
+    search: o.SearchOpt = True,
+    exclude: o.ExcludeOpt = None,
+    target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006
+    seed: o.SeedOpt = 0,
+    threads: o.ThreadsOpt = 1,
+    force: o.ForceOpt = False,
+    resume: o.ResumeOpt = False,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """Build engines from a calibration set (or make one first), without measuring them."""
+    from zsq_deploy.pipeline.stages import quantize_only
+
+    recipe = o.recipe_from(
+        {
+            "model.source": model,
+            "model.path": path,
+            "model.weights": weights,
+            "model.input_shape": input_shape,
+            "model.mean": mean,
+            "model.std": std,
+            "model.raw_pixels": raw_pixels,
+            "calibration.method": method,
+            "calibration.images": images,
+            "calibration.parameters": o.parameters(param),
+            "calibration.device": device,
+            "calibration.set": calibration,
+            "quantization.bits": bits,
+            "quantization.ranges": ranges,
+            "quantization.bias_correction": bias_correction,
+            "quantization.exact_scales": exact_scales,
+            "quantization.search": search,
+            "quantization.exclude": exclude,
+            "targets": target,
+            "run.seed": seed,
+            "run.threads": threads,
+        }
+    )
+    built = quantize_only(recipe, output, force=force, resume=resume, progress=_progress(quiet, as_json))
+    if as_json:
+        _print_json(
+            {name: {"path": str(engine.path), "bytes": engine.path.stat().st_size} for name, engine in built.items()}
+        )
+    else:
+        for name, engine in built.items():
+            sys.stdout.write(f"{name}: {engine.path} ({engine.path.stat().st_size:,} bytes)\n")
+    return 0
+
+
+_OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `zsq deploy` or `zsq quantize`.")]
+
+
+@app.command()
+def verify(
+    folder: _OutArg,
+    target: Annotated[list[str] | None, typer.Option("--target", help="Only this target (repeatable).")] = None,
+    eval_data: o.EvalOpt = None,
+    limit: o.LimitOpt = None,
+    resize: o.ResizeOpt = False,
+    min_agreement: o.MinAgreementOpt = None,
+    min_float_agreement: o.MinFloatAgreementOpt = None,
+    max_accuracy_drop: o.MaxDropOpt = None,
+    min_speedup: o.MinSpeedupOpt = None,
+    min_within_2_lsb: o.MinLsbOpt = None,
+    min_integer_macs: o.MinMacsOpt = None,
+    min_integer_equal: o.MinEqualOpt = None,
+    max_latency_ms: o.MaxLatencyOpt = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Threads of the engine (default: as before).")
+    ] = None,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """Measure finished engines again, here and now, and write the report anew."""
+    from zsq_deploy.pipeline.stages import verify_folder
+
+    changes: dict[str, Any] = {
+        "verification.eval_data": str(eval_data.resolve()) if eval_data else None,
+        "verification.limit": limit,
+        "verification.resize": resize or None,
+        "verification.gates.min_agreement": min_agreement,
+        "verification.gates.min_float_agreement": min_float_agreement,
+        "verification.gates.max_accuracy_drop": max_accuracy_drop,
+        "verification.gates.min_speedup": min_speedup,
+        "verification.gates.min_within_2_lsb": min_within_2_lsb,
+        "verification.gates.min_integer_macs": min_integer_macs,
+        "verification.gates.min_integer_equal": min_integer_equal,
+        "verification.gates.max_latency_ms": max_latency_ms,
+        "run.threads": threads,
+    }
+    outcome = verify_folder(
+        folder,
+        targets=target,
+        changes={name: value for name, value in changes.items() if value is not None},
+        command=shlex.join(sys.argv),
+        progress=_progress(quiet, as_json),
+    )
+    _show(outcome, as_json)
+    return outcome.exit_code
+
+
+@app.command()
+def bench(
+    folder: _OutArg,
+    target: Annotated[list[str] | None, typer.Option("--target", help="Only this target (repeatable).")] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of every runner.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds of engine and float baselines.")] = 10,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """Latency of finished engines beside fp32 and the best float mode, in fresh processes, in turn."""
+    from zsq_deploy.pipeline.stages import bench_folder
+
+    found = bench_folder(folder, targets=target, threads=threads, rounds=rounds, progress=_progress(quiet, as_json))
+    if as_json:
+        _print_json(found)
+        return 0
+    from rich.table import Table
+
+    table = Table(title=f"batch 1, {threads} thread{'s' if threads > 1 else ''}, milliseconds")
+    for column in ("target", "runs as", "median", "p90", "p99", "first", "load", "speed-up"):
+        table.add_column(column, justify="left" if column in ("target", "runs as") else "right")
+    for name, section in found.items():
+        for form in ("engine", "float32", "float_best"):
+            row = section.get(form)
+            if row:
+                figures = [row[key] for key in ("median_ms", "p90_ms", "p99_ms", "first_ms", "load_ms")]
+                speed = f"{section['speedup']:.2f}x" if form == "engine" and section.get("speedup") else ""
+                table.add_row(name, form, *(f"{v:.3f}" if v is not None else "-" for v in figures), speed)
+    Console().print(table)
+    return 0
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT|report.json", help="An output folder, or a report.json.")],
+    as_json: o.JsonOpt = False,
+) -> int:
+    """Check report.json and draw report.html from it again."""
+    from zsq_deploy.report.html import write as write_html
+    from zsq_deploy.report.schema import load
+    from zsq_deploy.report.text import print_summary
+
+    file = folder / "report.json" if folder.is_dir() else folder
+    loaded = load(file)
+    page = file.with_name("report.html")
+    write_html(loaded, page)
+    if as_json:
+        _print_json(loaded.model_dump(mode="json", by_alias=True))
+    else:
+        print_summary(loaded, Console())
+        Console().print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+@app.command()
+def inspect(
+    thing: Annotated[
+        str,
+        typer.Argument(
+            metavar="THING", help="A network (as for deploy), an engine, a calibration set, or an output folder."
+        ),
+    ],
+    path: o.PathOpt = None,
+    weights: o.WeightsOpt = None,
+    input_shape: o.ShapeOpt = None,
+    nodes: Annotated[bool, typer.Option("--nodes", help="List every node (names for --exclude).")] = False,
+    as_json: o.JsonOpt = False,
+) -> int:
+    """Show what a network, engine, calibration set or output folder holds."""
+    from zsq_deploy.cli.inspecting import describe_thing, print_description
+
+    found = describe_thing(thing, path=path, weights=weights, input_shape=input_shape, nodes=nodes)
+    if as_json:
+        _print_json(found)
+    else:
+        print_description(found, Console())
+    return 0
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A Q/DQ graph, made here or by another tool.")],
+    target: Annotated[str, typer.Option("--target", help="The target that it is meant for.")] = "ort-x86-vnni",
+    as_json: o.JsonOpt = False,
+) -> int:
+    """Check a quantized graph against a target's rules: node, rule, and what to do. Exit code 1 if something is wrong."""
+    from zsq_deploy.cli.inspecting import lint_file
+
+    findings = lint_file(file, target)
+    if as_json:
+        _print_json(findings)
+    elif not findings:
+        sys.stdout.write(f"{file}: nothing to complain about for {target}\n")
+    else:
+        for item in findings:
+            sys.stdout.write(f"{item['node']}: {item['rule']}: {item['message']}\n  to do: {item['remedy']}\n")
+    return 1 if findings else 0
+
+
+@app.command()
+def doctor(as_json: o.JsonOpt = False) -> int:
+    """Say what this machine has, which targets it can build and measure, and what is missing."""
+    from zsq_deploy.doctor import examine, print_examination
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+    else:
+        print_examination(found, Console())
+    return 0
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")] = Path("demo-out"),
+    method: o.MethodOpt = "zeroq",
+    images: o.ImagesOpt = 128,
+    target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006
+    seed: o.SeedOpt = 0,
+    threads: o.ThreadsOpt = 1,
+    force: o.ForceOpt = False,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """The whole job on the embedded example: train a small network on digits, quantize it without them, report. Offline."""
+    from zsq_deploy.pipeline.stages import run_demo
+
+    outcome = run_demo(
+        output,
+        method=method,
+        images=images,
+        targets=target,
+        seed=seed,
+        threads=threads,
+        force=force,
+        command=shlex.join(sys.argv),
+        progress=_progress(quiet, as_json),
+    )
+    _show(outcome, as_json)
+    return outcome.exit_code

@@ -1,0 +1,165 @@
+"""What `zsq inspect` and `zsq lint` look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zsq_deploy.artifact import read_json
+from zsq_deploy.backends import get_backend, get_target
+from zsq_deploy.cli.options import recipe_from
+from zsq_deploy.errors import ModelError, UsageError
+from zsq_deploy.model import Graph
+
+__all__ = ["describe_thing", "lint_file", "print_description"]
+
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def _read_graph(file: Path) -> Graph:
+    import onnx
+
+    if not file.is_file():
+        raise UsageError("there is no such file", where=str(file), remedy="check the path")
+    try:
+        return Graph(onnx.load(str(file)))
+    except Exception as error:
+        raise ModelError(
+            f"this is no ONNX file, or it is damaged ({type(error).__name__})",
+            where=str(file),
+            remedy="export the network again",
+        ) from error
+
+
+def describe_thing(
+    thing: str,
+    *,
+    path: Path | None = None,
+    weights: Path | None = None,
+    input_shape: str | None = None,
+    nodes: bool = False,
+) -> dict[str, Any]:
+    """What a network, an engine, a calibration set or an output folder holds, as JSON values."""
+    place = Path(thing)
+    if place.is_dir():
+        if (place / "recipe.resolved.yaml").is_file():
+            return _describe_output(place)
+        if (place / "calibration" / "manifest.json").is_file():
+            place = place / "calibration"
+        if (place / "manifest.json").is_file() and (place / "engine.onnx").is_file():
+            place = place / "engine.onnx"
+        else:
+            return _describe_set(place)
+    graph = _read_graph(place) if place.suffix == ".onnx" else None
+    if graph is not None and any(node.op_type in _QDQ for node in graph):
+        from zsq_deploy.backends.onnxruntime.summary import summarize
+
+        found = {"kind": "quantized graph", "file": str(place), **summarize(place)}
+        return {**found, **({"nodes": _nodes(graph)} if nodes else {})}
+    return _describe_network(thing, path, weights, input_shape, nodes)
+
+
+def _describe_network(
+    source: str, path: Path | None, weights: Path | None, input_shape: str | None, nodes: bool
+) -> dict[str, Any]:
+    from zsq_deploy.pipeline.deploy import load_recipe_model, model_section
+
+    recipe = recipe_from(
+        {"model.source": source, "model.path": path, "model.weights": weights, "model.input_shape": input_shape}
+    )
+    model = load_recipe_model(recipe)
+    found: dict[str, Any] = {
+        "kind": "network",
+        **model_section(model),
+        "opset": model.graph.opset,
+        "notes": list(model.notes),
+    }
+    if nodes:
+        found["nodes"] = _nodes(model.folded().graph)
+    return found
+
+
+def _nodes(graph: Graph) -> list[dict[str, Any]]:
+    return [
+        {"name": node.name, "op": node.op_type, "inputs": list(node.input), "outputs": list(node.output)}
+        for node in graph
+    ]
+
+
+def _describe_set(folder: Path) -> dict[str, Any]:
+    from zsq_deploy.calib import CalibrationSet
+
+    made = CalibrationSet.open(folder)
+    return {
+        "kind": "calibration set",
+        "folder": str(folder),
+        "digest": made.digest,
+        **made.manifest.model_dump(mode="json"),
+    }
+
+
+def _describe_output(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": "output folder", "folder": str(folder)}
+    for manifest in sorted(folder.glob("*/manifest.json")):
+        held = read_json(manifest)
+        if "engine" in held:
+            file = manifest.parent / held["engine"]["file"]
+            found.setdefault("engines", {})[manifest.parent.name] = {
+                "file": str(file),
+                "bytes": file.stat().st_size if file.is_file() else None,
+                "ranges": held.get("choices", {}).get("ranges"),
+                "op_types": held.get("choices", {}).get("op_types"),
+            }
+        elif "method" in held:
+            found.setdefault("sets", {})[manifest.parent.name] = {
+                "method": held["method"],
+                "images": held.get("images"),
+            }
+    if (folder / "report.json").is_file():
+        found["report"] = str(folder / "report.html")
+    return found
+
+
+def print_description(found: dict[str, Any], console: Console) -> None:
+    """Draw a description as a table of names and values."""
+    table = Table(show_header=False, title=found.get("kind"), title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    nodes = found.get("nodes")
+    for name, value in found.items():
+        if name == "kind" or (name == "nodes" and isinstance(nodes, list)):
+            continue
+        if isinstance(value, dict):
+            value = "\n".join(f"{key}: {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(str(item) for item in value)
+        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    console.print(table, markup=False)
+    if isinstance(nodes, list):
+        listing = Table(title="nodes", title_justify="left")
+        listing.add_column("name", overflow="fold")
+        listing.add_column("operator")
+        listing.add_column("outputs", overflow="fold")
+        for node in nodes:
+            listing.add_row(node["name"], node["op"], ", ".join(node["outputs"]))
+        console.print(listing, markup=False)
+
+
+def lint_file(file: Path, target: str) -> list[dict[str, str]]:
+    """Findings of a target's rules in a Q/DQ graph, as JSON values."""
+    wanted = get_target(target)
+    graph = _read_graph(file)
+    backend: Any = get_backend(wanted)
+    return [
+        {
+            "node": item.node,
+            "rule": item.rule,
+            "severity": item.severity,
+            "message": item.message,
+            "remedy": item.remedy,
+        }
+        for item in backend.lint(graph, wanted)
+    ]

@@ -1,0 +1,260 @@
+"""Options that several commands share, said once. The words are those of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zsq_deploy.errors import UsageError
+from zsq_deploy.recipe import Recipe, parse_shape
+
+__all__ = ["recipe_from"]
+
+_NETWORK, _IMAGES, _QUANTIZE, _VERIFY, _RUN = (
+    "The network",
+    "Calibration images",
+    "Quantization",
+    "Verification",
+    "The run",
+)
+
+ModelArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="The network: FILE.onnx, an exported FILE.pt2, module:callable (with --path and --weights), or timm:NAME.",
+    ),
+]
+PathOpt = Annotated[
+    Path | None, typer.Option("--path", help="Folder that module:callable is imported from.", rich_help_panel=_NETWORK)
+]
+WeightsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="Weights for module:callable: .safetensors, .pt or .pth (never unpickled).",
+        rich_help_panel=_NETWORK,
+    ),
+]
+ShapeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--input-shape",
+        metavar="1x3x32x32",
+        help="Shape of the input, where the network leaves it open.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+MeanOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--mean", metavar="A,B,C", help="Mean per channel of RGB (or gray) divided by 255.", rich_help_panel=_NETWORK
+    ),
+]
+StdOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--std",
+        metavar="A,B,C",
+        help="Standard deviation per channel of RGB (or gray) divided by 255.",
+        rich_help_panel=_NETWORK,
+    ),
+]
+RawOpt = Annotated[
+    bool,
+    typer.Option("--raw-pixels", help="The network takes pixels 0..255 as they are.", rich_help_panel=_NETWORK),
+]
+MethodOpt = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="How images are made: zeroq, genie, fractal, gaussian, uniform, ones; bn-analytic makes none.",
+        rich_help_panel=_IMAGES,
+    ),
+]
+ImagesOpt = Annotated[int, typer.Option("--images", help="Number of calibration images.", rich_help_panel=_IMAGES)]
+ParamOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param",
+        metavar="NAME=VALUE",
+        help="A parameter of the method, e.g. --param steps=200 (repeatable).",
+        rich_help_panel=_IMAGES,
+    ),
+]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where images are made: cpu, cuda, cuda:1; by default cuda where there is one.",
+        rich_help_panel=_IMAGES,
+    ),
+]
+SetOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="DIR",
+        help="Use a finished calibration set (of zsq synth) instead of making one.",
+        rich_help_panel=_IMAGES,
+    ),
+]
+BitsOpt = Annotated[str, typer.Option("--bits", help="Bits of weights and activations.", rich_help_panel=_QUANTIZE)]
+RangesOpt = Annotated[
+    str,
+    typer.Option(
+        "--ranges",
+        help="How activation ranges are found: auto (min-max that looks at coverage), minmax, percentile, entropy, mse, bn-analytic; "
+        "or ONNX Runtime's own calibrators: ort-minmax, ort-entropy, ort-percentile.",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
+BiasOpt = Annotated[
+    bool,
+    typer.Option(
+        "--bias-correction/--no-bias-correction",
+        help="Correct the mean error of every channel.",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
+ExactOpt = Annotated[
+    bool,
+    typer.Option(
+        "--exact-scales/--free-scales",
+        help="Scales on which engine and reference agree bit for bit.",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
+SearchOpt = Annotated[
+    bool,
+    typer.Option(
+        "--search/--no-search", help="Measure what to quantize, and keep the best engine.", rich_help_panel=_QUANTIZE
+    ),
+]
+ExcludeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="NODE", help="A node that stays in float (repeatable).", rich_help_panel=_QUANTIZE
+    ),
+]
+TargetOpt = Annotated[
+    list[str],
+    typer.Option(
+        "--target", help="Deployment target (repeatable); `zsq doctor` lists them.", rich_help_panel=_QUANTIZE
+    ),
+]
+EvalOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval-data",
+        metavar="FILE|DIR",
+        help="Labelled images, to evaluate and for nothing else: .npz with x (uint8 NHWC) and y, or an image folder.",
+        rich_help_panel=_VERIFY,
+    ),
+]
+LimitOpt = Annotated[
+    int | None,
+    typer.Option("--limit", help="Evaluate on at most this many images, spread evenly.", rich_help_panel=_VERIFY),
+]
+ResizeOpt = Annotated[
+    bool,
+    typer.Option(
+        "--resize", help="Scale evaluation images of another size to the network's input.", rich_help_panel=_VERIFY
+    ),
+]
+_GATE = "Gates (a missed one: exit code 1)"
+MinAgreementOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-agreement", help="Least top-1 agreement with the fake-quant reference, 0.995.", rich_help_panel=_GATE
+    ),
+]
+MinFloatAgreementOpt = Annotated[
+    float | None,
+    typer.Option("--min-float-agreement", help="Least top-1 agreement with the float network.", rich_help_panel=_GATE),
+]
+MaxDropOpt = Annotated[
+    float | None,
+    typer.Option("--max-accuracy-drop", help="Largest loss of accuracy; 0.01 is one point.", rich_help_panel=_GATE),
+]
+MinSpeedupOpt = Annotated[
+    float | None, typer.Option("--min-speedup", help="Least speed-up over fp32.", rich_help_panel=_GATE)
+]
+MinLsbOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-within-2-lsb", help="Least share of outputs within 2 LSB of the reference.", rich_help_panel=_GATE
+    ),
+]
+MinMacsOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-integer-macs", help="Least share of multiply-accumulates in integer kernels.", rich_help_panel=_GATE
+    ),
+]
+MinEqualOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-integer-equal", help="Least share of outputs equal to exact integer arithmetic.", rich_help_panel=_GATE
+    ),
+]
+MaxLatencyOpt = Annotated[
+    float | None, typer.Option("--max-latency-ms", help="Largest median latency at batch 1.", rich_help_panel=_GATE)
+]
+SeedOpt = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=_RUN)]
+ThreadsOpt = Annotated[
+    int, typer.Option("--threads", help="Threads of the engine that is measured.", rich_help_panel=_RUN)
+]
+OutputOpt = Annotated[Path, typer.Option("-o", "--output", help="Output folder.", rich_help_panel=_RUN)]
+ForceOpt = Annotated[bool, typer.Option("--force", help="Replace the result of an earlier run.", rich_help_panel=_RUN)]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=_RUN)]
+JsonOpt = Annotated[
+    bool, typer.Option("--json", help="Print JSON for machines on standard output.", rich_help_panel=_RUN)
+]
+QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.", rich_help_panel=_RUN)]
+
+
+def parameters(pairs: list[str] | None) -> dict[str, Any]:
+    """``["steps=200"]`` as ``{"steps": 200}``; values are read as YAML.
+
+    Raises:
+        UsageError: A pair without ``=``.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(
+                f"{pair!r} is no NAME=VALUE", where="--param", remedy="write for example --param steps=200"
+            )
+        found[name.strip()] = yaml.safe_load(value)
+    return found
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from what the command line said; ``None`` values are left to the recipe's defaults.
+
+    Args:
+        values: By dotted names: ``{"model.source": "net.onnx", "calibration.images": 256}``.
+    """
+    nested: dict[str, Any] = {}
+    for dotted, value in values.items():
+        if value is None:
+            continue
+        *sections, key = dotted.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = str(value) if isinstance(value, Path) else value
+    shape = nested.get("model", {}).get("input_shape")
+    if isinstance(shape, str):
+        try:
+            nested["model"]["input_shape"] = parse_shape(shape)
+        except ValueError as error:
+            raise UsageError(str(error), where="--input-shape", remedy="write it like 1x3x224x224") from error
+    return Recipe.of(nested, where="the command line").resolved()

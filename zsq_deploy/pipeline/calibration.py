@@ -1,0 +1,204 @@
+"""The data-free half of the job: images from the network, and activation ranges from the images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zsq_deploy.calib import CalibrationSet
+from zsq_deploy.calib.methods import METHODS
+from zsq_deploy.calib.synthesis import synthesize
+from zsq_deploy.errors import UsageError
+from zsq_deploy.model import Model
+from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant import Ranges, Statistics, analytic_ranges, collect
+from zsq_deploy.quant.coverage import implied_ranges, widen
+
+__all__ = ["OWN_CALIBRATORS", "RANGE_METHODS", "Images", "MeasuredRanges", "make_images", "measure_ranges"]
+
+RANGE_METHODS = ("auto", "minmax", "percentile", "entropy", "mse", "bn-analytic")
+OWN_CALIBRATORS = ("ort-minmax", "ort-entropy", "ort-percentile")
+
+COVERAGE_SIGMAS = 6.0
+"""How far behind a batch norm activations are taken to reach, in its own standard deviations, when `auto` looks at coverage."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What synthesis gives: images that calibrate, and images kept back to estimate quality on.
+
+    Attributes:
+        calibration: The set for the quantizers; ``None`` for a method without images (``bn-analytic``).
+        holdout: Images that no quantizer sees.
+        method: The method that was really used.
+        seconds: Wall-clock seconds of synthesis.
+        notes: What a reader should know.
+    """
+
+    calibration: CalibrationSet | None
+    holdout: CalibrationSet
+    method: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def make_images(
+    model: Model,
+    *,
+    method: str,
+    images: int,
+    holdout: int,
+    seed: int,
+    device: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    workdir: Path | None = None,
+    resume: bool = False,
+    given: CalibrationSet | None = None,
+    progress: Progress = SILENT,
+) -> Images:
+    """Synthesize `images` + `holdout` inputs, or split a set that the user hands over.
+
+    Args:
+        model: The network, batch norms in place.
+        method: A method of :data:`zsq_deploy.calib.METHODS`.
+        images: Size of the calibration set.
+        holdout: Number of images kept back.
+        seed: Source of everything random.
+        device: Where to compute; ``None``: ``cuda`` when there is one.
+        parameters: The method's parameters.
+        workdir: Folder for checkpoints.
+        resume: Go on with an interrupted synthesis.
+        given: A finished set (``zsq deploy --calibration``); its last quarter, at most `holdout` images, is kept back.
+        progress: Where to report.
+    """
+    started = time.monotonic()
+    if given is not None:
+        given.check_fits(model, same_network=False)
+        kept = max(1, min(holdout, len(given) // 4))
+        if len(given) < 2:
+            raise UsageError(
+                "the calibration set holds one input only", where=str(given.folder), remedy="give 2 or more"
+            )
+        cut = len(given) - kept
+        return Images(given.take(0, cut), given.take(cut), given.manifest.method, float(given.manifest.seconds or 0.0))
+    known = METHODS.get(method)
+    if known is not None and not known.images:
+        if method == "real":
+            raise UsageError(
+                "method 'real' needs images of your own",
+                where="--method",
+                remedy="give a calibration set with --calibration",
+            )
+        # No images calibrate, but something has to be looked at to estimate the quality.
+        kept_set = synthesize(model, method="fractal", images=holdout, seed=seed + 1, device=device, progress=progress)
+        note = "ranges come from batch-norm parameters alone; fractal images serve to estimate the quality"
+        return Images(None, kept_set, method, time.monotonic() - started, (note,))
+    whole = synthesize(
+        model,
+        method=method,
+        images=images + holdout,
+        seed=seed,
+        device=device,
+        workdir=workdir,
+        resume=resume,
+        progress=progress,
+        parameters=parameters,
+    )
+    return Images(
+        whole.take(0, images),
+        whole.take(images),
+        whole.manifest.method,
+        time.monotonic() - started,
+        tuple(whole.manifest.notes),
+    )
+
+
+@dataclass(frozen=True)
+class MeasuredRanges:
+    """Ranges of all activations, and what they were found from.
+
+    Attributes:
+        ranges: What the quantizers get; or the name of a runtime's own calibrator.
+        observed: Plain minimum and maximum on the calibration images (for reports and output steps).
+        statistics: The streaming statistics; ``None`` without images.
+        coverage: Value name -> observed reach / reach that batch norm implies, where it is known.
+        seconds: Time that it took.
+        notes: What a reader should know.
+    """
+
+    ranges: Ranges | str
+    observed: Ranges
+    statistics: Statistics | None
+    coverage: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: Sequence[str] = ()
+
+
+def measure_ranges(
+    model: Model,
+    images: Images,
+    method: str,
+    *,
+    percentile: float = 99.999,
+    device: str | None = None,
+    progress: Progress = SILENT,
+) -> MeasuredRanges:
+    """Find the range of every activation of the folded network.
+
+    ``auto`` takes minimum and maximum of the images, and then looks at coverage: where the network's own batch norms say that
+    activations reach further than the images excited them, the range is widened to what they say.
+
+    Raises:
+        UsageError: Unknown method, or a method that needs images and there are none.
+    """
+    started = time.monotonic()
+    if method not in (*RANGE_METHODS, *OWN_CALIBRATORS):
+        raise UsageError(
+            f"there is no range method {method!r}",
+            where="--ranges",
+            remedy=f"choose one of {', '.join((*RANGE_METHODS, *OWN_CALIBRATORS))}",
+        )
+    notes: list[str] = []
+    if images.calibration is None or method == "bn-analytic":
+        ranges = analytic_ranges(model)
+        return MeasuredRanges(
+            ranges, ranges, None, {}, time.monotonic() - started, ["ranges computed from batch-norm parameters"]
+        )
+    folded = model.folded()
+    calibration = images.calibration
+    statistics = collect(
+        folded.graph,
+        calibration.batches(16),
+        micro_batch=16 if model.dynamic_batch else 1,
+        device=device,
+        progress=progress,
+        total=len(calibration),
+        set_digest=calibration.digest,
+    )
+    observed = statistics.ranges("minmax")
+    unexcited = statistics.unexcited()
+    if unexcited:
+        worst = max(unexcited, key=lambda item: len(item[1]))
+        notes.append(
+            f"{sum(len(channels) for _, channels in unexcited)} channels of {len(unexcited)} activations never changed on the "
+            f"calibration set (most in {worst[0]!r}: {len(worst[1])})"
+        )
+    coverage: dict[str, float] = {}
+    chosen: Ranges | str
+    if method in OWN_CALIBRATORS:
+        chosen = method
+    elif method == "auto":
+        implied = implied_ranges(model, sigmas=COVERAGE_SIGMAS)
+        chosen, coverage = widen(observed, implied)
+        if coverage:
+            low = [name for name, share in coverage.items() if share < 1.0]
+            notes.append(
+                f"the images reach what batch norm implies ({COVERAGE_SIGMAS:g} sigma) in {len(coverage) - len(low)} of "
+                f"{len(coverage)} activations; the ranges of the other {len(low)} were widened"
+            )
+    else:
+        chosen = statistics.ranges(method, percentile=percentile)
+    return MeasuredRanges(chosen, observed, statistics, coverage, time.monotonic() - started, notes)

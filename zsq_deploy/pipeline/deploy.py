@@ -1,0 +1,294 @@
+"""The whole job: a network in, engines and a report out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zsq_deploy.artifact import OutputFolder
+from zsq_deploy.backends import get_target
+from zsq_deploy.calib import CalibrationSet
+from zsq_deploy.evaldata import EvalData, load_eval_data
+from zsq_deploy.model import Model, Preprocess, load_model, node_macs
+from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, make_images, measure_ranges
+from zsq_deploy.pipeline.engines import EngineSettings, build_engine
+from zsq_deploy.pipeline.verification import Evidence, verify_engine
+from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.recipe import Recipe
+from zsq_deploy.report.build import environment_section, finish
+from zsq_deploy.report.html import write as write_html
+from zsq_deploy.report.preview import contact_sheet
+from zsq_deploy.report.schema import Report
+from zsq_deploy.report.schema import save as save_report
+from zsq_deploy.verify import Gates, peak_rss_bytes
+
+__all__ = [
+    "Outcome",
+    "deploy",
+    "evaluation_data",
+    "gates_of",
+    "load_recipe_model",
+    "model_section",
+    "settings_of",
+    "write_report",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gives.
+
+    Attributes:
+        report: The report, checked against its schema.
+        folder: The output folder.
+        passed: Whether all demanded gates are kept (``True`` if none was demanded).
+    """
+
+    report: Report
+    folder: Path
+    passed: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0: fine; 1: a gate failed."""
+        return 0 if self.passed else 1
+
+
+def load_recipe_model(recipe: Recipe) -> Model:
+    """The network that a recipe names, with its preprocessing."""
+    spec = recipe.model
+    return load_model(
+        spec.source,
+        path=Path(spec.path) if spec.path else None,
+        weights=Path(spec.weights) if spec.weights else None,
+        input_shape=tuple(spec.input_shape) if spec.input_shape else None,
+        preprocess=Preprocess(
+            mean=tuple(spec.mean) if spec.mean else None,
+            std=tuple(spec.std) if spec.std else None,
+            raw_pixels=spec.raw_pixels,
+        ),
+    )
+
+
+def settings_of(recipe: Recipe) -> EngineSettings:
+    """The engine settings of a recipe."""
+    spec = recipe.quantization
+    return EngineSettings(
+        bits=spec.bits,
+        bias_correction=spec.bias_correction,
+        exact_scales=spec.exact_scales,
+        search=spec.search,
+        op_types=tuple(spec.op_types) if spec.op_types else None,
+        exclude=tuple(spec.exclude or ()),
+    )
+
+
+def gates_of(recipe: Recipe) -> Gates:
+    """The demanded limits of a recipe."""
+    return Gates(**{name: value for name, value in recipe.verification.gates.model_dump().items() if value is not None})
+
+
+def evaluation_data(recipe: Recipe, model: Model) -> EvalData | None:
+    """The labelled data that a recipe names, checked against the network."""
+    spec = recipe.verification
+    if not spec.eval_data:
+        return None
+    classes = None
+    shape = model.outputs[0].shape
+    if len(model.outputs) == 1 and len(shape) == 2 and shape[1]:
+        classes = int(shape[1])
+    return load_eval_data(Path(spec.eval_data), model.inputs[0], classes=classes, resize=spec.resize, limit=spec.limit)
+
+
+def deploy(
+    recipe: Recipe,
+    output: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = SILENT,
+) -> Outcome:
+    """Run a recipe: load, synthesize, quantize for every target, verify, report.
+
+    Args:
+        recipe: What to do.
+        output: The output folder (see :class:`~zsq_deploy.artifact.OutputFolder`).
+        force: Replace the result of an earlier run.
+        resume: Go on with an interrupted run.
+        command: The command line, for the report.
+        progress: Where to report progress.
+
+    Returns:
+        The outcome; its report and all files are in `output`.
+    """
+    started = time.monotonic()
+    targets = [get_target(name) for name in recipe.targets]
+    model = load_recipe_model(recipe)
+    data = evaluation_data(recipe, model)
+    for note in model.notes:
+        progress.say(note)
+    given = CalibrationSet.open(Path(recipe.calibration.set)) if recipe.calibration.set else None
+    with OutputFolder(output, force=force, resume=resume) as folder:
+        root = folder.path
+        recipe.dump(root / "recipe.resolved.yaml")
+        images = make_images(
+            model,
+            method=recipe.calibration.method,
+            images=recipe.calibration.images,
+            holdout=recipe.calibration.holdout,
+            seed=recipe.calibration.seed or 0,
+            device=recipe.calibration.device,
+            parameters=recipe.calibration.parameters,
+            workdir=root / ".synthesis",
+            resume=resume,
+            given=given,
+            progress=progress,
+        )
+        if images.calibration is not None:
+            images.calibration.save(root / "calibration", force=True)
+        images.holdout.save(root / "holdout", force=True)
+        measured = measure_ranges(
+            model,
+            images,
+            recipe.quantization.ranges,
+            percentile=recipe.quantization.percentile,
+            device=recipe.calibration.device,
+            progress=progress,
+        )
+        measured.observed.save(root / "ranges.json")
+        peak_rss = peak_rss_bytes()
+        evidence = Evidence(data, images.holdout)
+        sections: dict[str, Any] = {}
+        for target in targets:
+            built = build_engine(
+                model,
+                images,
+                measured,
+                target,
+                root / target.name,
+                settings_of(recipe),
+                threads=recipe.run.threads or 1,
+                seed=recipe.calibration.seed or 0,
+                progress=progress,
+            )
+            section = verify_engine(
+                model,
+                built.engine,
+                evidence,
+                measured.observed,
+                root,
+                threads=recipe.run.threads or 1,
+                progress=progress,
+            )
+            section["engine"].update(candidates=built.candidates, seconds=built.seconds)
+            section["notes"].extend(built.notes)
+            sections[target.name] = section
+        report = finish(
+            {
+                "seconds": time.monotonic() - started,
+                "model": model_section(model),
+                "calibration": calibration_section(model, images, measured, recipe, peak_rss),
+                "evaluation": evidence.section(),
+                "targets": sections,
+                "environment": environment_section(threads=recipe.run.threads, command=command),
+                "recipe": recipe.model_dump(mode="json"),
+                "notes": list(model.notes),
+            },
+            gates_of(recipe),
+        )
+        write_report(report, root)
+        shutil.rmtree(root / ".synthesis", ignore_errors=True)
+        folder.finish()
+    passed = all(gate.passed for gate in report.gates)
+    return Outcome(report, output, passed)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """``report.json``, and ``report.html`` drawn from it."""
+    save_report(report, folder / "report.json")
+    write_html(report, folder / "report.html")
+
+
+def model_section(model: Model) -> dict[str, Any]:
+    """``model`` of the report."""
+
+    def info(spec: Any) -> dict[str, Any]:
+        return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype)}
+
+    folded = model.folded().graph
+    return {
+        "name": model.name,
+        "source": model.source,
+        "digest": model.digest,
+        "inputs": [info(spec) for spec in model.inputs],
+        "outputs": [info(spec) for spec in model.outputs],
+        "nodes": len(model.graph.nodes),
+        "parameters": sum(
+            int(array.size)
+            for name in model.graph.initializer_names
+            if (array := model.graph.constant(name)) is not None and array.dtype.kind == "f"
+        ),
+        "macs": int(sum(node_macs(folded).values())),
+        "batch_norms": len(model.batch_norms()),
+        "operators": dict(Counter(node.op_type for node in model.graph).most_common()),
+        "preprocess": {
+            "mean": list(model.preprocess.mean) if model.preprocess.mean else None,
+            "std": list(model.preprocess.std) if model.preprocess.std else None,
+            "raw_pixels": model.preprocess.raw_pixels,
+        },
+    }
+
+
+def calibration_section(
+    model: Model, images: Images, measured: MeasuredRanges, recipe: Recipe, peak_rss: int
+) -> dict[str, Any]:
+    """``calibration`` of the report."""
+    shown = images.calibration if images.calibration is not None else None
+    manifest = shown.manifest if shown is not None else None
+    unexcited = {
+        name: len(channels) for name, channels in (measured.statistics.unexcited() if measured.statistics else ())
+    }
+    ranges = measured.observed if isinstance(measured.ranges, str) else measured.ranges
+    makers = {value: node.op_type for node in model.folded().graph for value in node.output}
+    rows = []
+    for name, (low, high) in ranges.items():
+        seen = measured.observed.get(name)
+        rows.append(
+            {
+                "name": name,
+                "op": makers.get(name, "input"),
+                "low": low,
+                "high": high,
+                "seen_low": seen[0] if seen and measured.statistics else None,
+                "seen_high": seen[1] if seen and measured.statistics else None,
+                "unexcited_channels": unexcited.get(name, 0),
+            }
+        )
+    return {
+        "method": images.method,
+        "images": len(shown) if shown is not None else 0,
+        "seconds": images.seconds,
+        "peak_rss_bytes": peak_rss,
+        "device": manifest.device if manifest is not None and manifest.device else "cpu",
+        "seed": recipe.calibration.seed,
+        "digest": shown.digest if shown is not None else "",
+        "parameters": dict(manifest.parameters) if manifest is not None else {},
+        "preview": _preview(model, shown) if shown is not None else None,
+        "range_method": measured.ranges if isinstance(measured.ranges, str) else measured.ranges.method,
+        "ranges_seconds": measured.seconds,
+        "ranges": rows,
+        "notes": [*images.notes, *measured.notes],
+    }
+
+
+def _preview(model: Model, images: CalibrationSet) -> dict[str, Any] | None:
+    first = next(images.take(0, min(24, len(images))).batches(24))[images.input_names[0]]
+    if first.ndim != 4:
+        return None
+    space = model.preprocess
+    return contact_sheet(first, mean=space.mean, std=space.std, raw_pixels=space.raw_pixels)

@@ -1,0 +1,292 @@
+"""The job in pieces: make a set, build engines, measure finished engines again, and the embedded example."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zsq_deploy.artifact import OutputFolder, digest_file, read_json
+from zsq_deploy.backends import Engine, get_target
+from zsq_deploy.calib import CalibrationSet, exporters
+from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
+from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
+from zsq_deploy.pipeline.calibration import make_images, measure_ranges
+from zsq_deploy.pipeline.deploy import (
+    Outcome,
+    deploy,
+    evaluation_data,
+    gates_of,
+    load_recipe_model,
+    model_section,
+    settings_of,
+    write_report,
+)
+from zsq_deploy.pipeline.engines import build_engine
+from zsq_deploy.pipeline.verification import Evidence, measure_latency, verify_engine
+from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant import Ranges
+from zsq_deploy.recipe import Recipe
+from zsq_deploy.report.build import environment_section, finish
+from zsq_deploy.report.schema import load as load_report
+
+__all__ = ["EXPORTS", "bench_folder", "open_engine", "quantize_only", "run_demo", "synthesize_set", "verify_folder"]
+
+EXPORTS = {"test-data": "test_data", "polygraphy": "inputs.json", "npy": "npy"}
+"""Formats for other tools, and what they are called in the output folder."""
+
+
+def synthesize_set(
+    recipe: Recipe,
+    output: Path,
+    *,
+    export: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> CalibrationSet:
+    """Make a calibration set in `output` (``zsq synth``); `export` also writes it for another tool, in a folder beside the shards."""
+    if export is not None and export not in EXPORTS:
+        raise UsageError(
+            f"there is no export {export!r}", where="--export", remedy=f"choose one of {', '.join(EXPORTS)}"
+        )
+    model = load_recipe_model(recipe)
+    with OutputFolder(output, force=force, resume=resume) as folder:
+        work = folder.path / ".synthesis"
+        images = make_images(
+            model,
+            method=recipe.calibration.method,
+            images=recipe.calibration.images,
+            holdout=0,
+            seed=recipe.calibration.seed or 0,
+            device=recipe.calibration.device,
+            parameters=recipe.calibration.parameters,
+            workdir=work,
+            resume=resume,
+            progress=progress,
+        )
+        if images.calibration is None:
+            raise UsageError(
+                f"method {recipe.calibration.method!r} makes no images",
+                where="--method",
+                remedy="use it with zsq deploy or zsq quantize, or choose a method that makes images",
+            )
+        saved = images.calibration.save(folder.path / "calibration", force=True)
+        if export is not None:
+            exporters.export(saved, export, folder.path / EXPORTS[export])
+        shutil.rmtree(work, ignore_errors=True)
+        folder.finish()
+    return saved
+
+
+def quantize_only(
+    recipe: Recipe, output: Path, *, force: bool = False, resume: bool = False, progress: Progress = SILENT
+) -> dict[str, Engine]:
+    """Build the engines of a recipe without measuring them (``zsq quantize``)."""
+    targets = [get_target(name) for name in recipe.targets]
+    model = load_recipe_model(recipe)
+    given = CalibrationSet.open(Path(recipe.calibration.set)) if recipe.calibration.set else None
+    built: dict[str, Engine] = {}
+    with OutputFolder(output, force=force, resume=resume) as folder:
+        root = folder.path
+        recipe.dump(root / "recipe.resolved.yaml")
+        images = make_images(
+            model,
+            method=recipe.calibration.method,
+            images=recipe.calibration.images,
+            holdout=recipe.calibration.holdout,
+            seed=recipe.calibration.seed or 0,
+            device=recipe.calibration.device,
+            parameters=recipe.calibration.parameters,
+            workdir=root / ".synthesis",
+            resume=resume,
+            given=given,
+            progress=progress,
+        )
+        if images.calibration is not None:
+            images.calibration.save(root / "calibration", force=True)
+        images.holdout.save(root / "holdout", force=True)
+        measured = measure_ranges(
+            model,
+            images,
+            recipe.quantization.ranges,
+            percentile=recipe.quantization.percentile,
+            device=recipe.calibration.device,
+            progress=progress,
+        )
+        measured.observed.save(root / "ranges.json")
+        for target in targets:
+            built[target.name] = build_engine(
+                model,
+                images,
+                measured,
+                target,
+                root / target.name,
+                settings_of(recipe),
+                threads=recipe.run.threads or 1,
+                seed=recipe.calibration.seed or 0,
+                progress=progress,
+            ).engine
+        shutil.rmtree(root / ".synthesis", ignore_errors=True)
+        folder.finish()
+    return built
+
+
+def open_engine(folder: Path, name: str) -> Engine:
+    """A finished engine of an output folder, checked against its manifest.
+
+    Raises:
+        ZsqError: There is none.
+        StaleArtifactError: A file was changed since it was written.
+    """
+    place = folder / name
+    if not (place / "manifest.json").is_file():
+        raise ZsqError(
+            f"the folder holds no engine for {name!r}",
+            where=str(folder),
+            remedy="name the output folder of zsq deploy or zsq quantize, and a target that was built there",
+        )
+    manifest = read_json(place / "manifest.json")
+    for part in ("engine", "float"):
+        file = place / manifest[part]["file"]
+        if not file.is_file() or digest_file(file) != manifest[part]["sha256"]:
+            raise StaleArtifactError(
+                "the file is missing or was changed after it was written",
+                where=str(file),
+                remedy="build it again with zsq deploy or zsq quantize",
+            )
+    engine = place / manifest["engine"]["file"]
+    return Engine(engine, engine, get_target(name), place / manifest["float"]["file"], manifest.get("choices", {}))
+
+
+def _recipe_in(folder: Path) -> Recipe:
+    file = folder / "recipe.resolved.yaml"
+    if not file.is_file():
+        raise ZsqError(
+            "this is no output folder: it holds no recipe.resolved.yaml",
+            where=str(folder),
+            remedy="name the output folder of zsq deploy or zsq quantize",
+        )
+    return Recipe.load(file)
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    targets: Sequence[str] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    command: str = "",
+    progress: Progress = SILENT,
+) -> Outcome:
+    """Measure the engines of an output folder again and write its report anew (``zsq verify``).
+
+    Args:
+        folder: Output folder of ``zsq deploy`` or ``zsq quantize``.
+        targets: Only these; ``None``: all of the recipe.
+        changes: Changes to the recipe, by dotted names (evaluation data, gates, threads).
+        command: The command line, for the report.
+        progress: Where to report progress.
+    """
+    started = time.monotonic()
+    recipe = _recipe_in(folder).replace(dict(changes or {})).resolved()
+    names = list(targets or recipe.targets)
+    engines = {name: open_engine(folder, name) for name in names}
+    model = load_recipe_model(recipe)
+    data = evaluation_data(recipe, model)
+    holdout = CalibrationSet.open(folder / "holdout")
+    observed = Ranges.load(folder / "ranges.json")
+    evidence = Evidence(data, holdout)
+    sections = {}
+    for name, engine in engines.items():
+        sections[name] = verify_engine(
+            model, engine, evidence, observed, folder, threads=recipe.run.threads or 1, progress=progress
+        )
+    old = folder / "report.json"
+    calibration: dict[str, Any] = {
+        "method": holdout.manifest.method,
+        "images": 0,
+        "seconds": holdout.manifest.seconds or 0.0,
+        "notes": ["the engines were verified later than they were built"],
+    }
+    if old.is_file():
+        earlier = load_report(old).model_dump(mode="json", by_alias=True)
+        calibration = earlier["calibration"]
+        for name, section in sections.items():
+            before = earlier["targets"].get(name, {})
+            section["engine"].update(candidates=before.get("engine", {}).get("candidates", []))
+        sections = {**{k: v for k, v in earlier["targets"].items() if k not in sections}, **sections}
+    elif (folder / "calibration").is_dir():
+        made = CalibrationSet.open(folder / "calibration")
+        calibration.update(method=made.manifest.method, images=len(made), seconds=made.manifest.seconds or 0.0)
+    report = finish(
+        {
+            "seconds": time.monotonic() - started,
+            "model": model_section(model),
+            "calibration": calibration,
+            "evaluation": evidence.section(),
+            "targets": sections,
+            "environment": environment_section(threads=recipe.run.threads, command=command),
+            "recipe": recipe.model_dump(mode="json"),
+            "notes": list(model.notes),
+        },
+        gates_of(recipe),
+    )
+    write_report(report, folder)
+    return Outcome(report, folder, all(gate.passed for gate in report.gates))
+
+
+def bench_folder(
+    folder: Path,
+    *,
+    targets: Sequence[str] | None = None,
+    threads: int = 1,
+    rounds: int = 10,
+    progress: Progress = SILENT,
+) -> dict[str, dict[str, Any]]:
+    """Latency of the engines of an output folder: ``targets.<T>.latency`` by target (``zsq bench``)."""
+    recipe = _recipe_in(folder)
+    sample = next(CalibrationSet.open(folder / "holdout").batches(1))
+    return {
+        name: measure_latency(open_engine(folder, name), sample, threads=threads, rounds=rounds, progress=progress)
+        for name in (targets or recipe.targets)
+    }
+
+
+def run_demo(
+    output: Path,
+    *,
+    method: str = "zeroq",
+    images: int = 128,
+    targets: Sequence[str] = ("ort-x86-vnni",),
+    seed: int = 0,
+    threads: int = 1,
+    force: bool = False,
+    command: str = "",
+    progress: Progress = SILENT,
+) -> Outcome:
+    """Train the embedded example beside `output` and deploy it.
+
+    The weights and the held-out digits go to ``<output>-network/``: they are inputs of the run, not results of it.
+    """
+    network = output.with_name(output.name + "-network")
+    with OutputFolder(network, force=force) as place:
+        trained = train_demo(place.path, seed=seed, progress=progress)
+        place.finish()
+    recipe = Recipe.of(
+        {
+            "model": {
+                "source": "zsq_deploy.demo:digits_network",
+                "weights": str(trained.weights),
+                "input_shape": (1, 1, 32, 32),
+                "mean": DEMO_MEAN,
+                "std": DEMO_STD,
+            },
+            "calibration": {"method": method, "images": images},
+            "targets": list(targets),
+            "verification": {"eval_data": str(trained.eval_data)},
+            "run": {"seed": seed, "threads": threads},
+        }
+    ).resolved()
+    return deploy(recipe, output, force=force, command=command, progress=progress)
