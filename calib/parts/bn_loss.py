@@ -177,6 +177,7 @@ class BNMatcher:
         device: Where it is computed.
         dtype: In what precision.
         bounds: Values that only a rectifier reads, which the taps are to apply themselves (see :func:`~.moments.watch`).
+        joins: Values that only a sum reads, with the value that it adds, which the taps are to add themselves.
         owned: Values whose gradient may be changed in place.
 
     Attributes:
@@ -191,6 +192,7 @@ class BNMatcher:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         bounds: Mapping[str, tuple[float, float]] | None = None,
+        joins: Mapping[str, str] | None = None,
         owned: frozenset[str] = frozenset(),
     ) -> None:
         self.loss = loss
@@ -199,6 +201,7 @@ class BNMatcher:
             raise ValueError("the network has no batch-norm layer that this loss could match")
         self._device, self._dtype = torch.device(device), dtype
         self._bounds, self._owned = dict(bounds or {}), owned
+        self._joins, self._addends = dict(joins or {}), frozenset((joins or {}).values())
         self._slack: list[tuple[Tensor, Tensor]] | None = None
         self._groups: dict[tuple[bool, ...], list[tuple[_Group, dict[str, Tensor]]]] = {}
         self._centres: dict[str, Tensor] = {}
@@ -216,22 +219,41 @@ class BNMatcher:
 
     def taps(self, store: dict[str, Observed]) -> dict[str, Callable[[Tensor], Tensor]]:
         """Functions for a twin's ``run(taps=...)`` that measure each value into `store` and pass it on."""
+        held: dict[str, Tensor] = {}
 
         def tap(name: str) -> Callable[[Tensor], Tensor]:
             centre, bounds, own = self._centres[name], self._bounds.get(name), name in self._owned
+            other, wanted = self._joins.get(name), name in self._addends
 
             def measure(y: Tensor) -> Tensor:
                 # One number per image and channel has no spread: such a layer is matched over the batch.
                 per_sample = self.loss.per_sample and count_of(y.shape, True) > 1
                 passed, mean, var = watch(
-                    y, centre, per_sample=per_sample, unbiased=self.loss.unbiased, bounds=bounds, own_gradient=own
+                    y,
+                    centre,
+                    per_sample=per_sample,
+                    unbiased=self.loss.unbiased,
+                    bounds=bounds,
+                    addend=None if other is None else held[other],
+                    own_gradient=own,
                 )
                 store[name] = Observed(mean, var)
+                if wanted:
+                    held[name] = passed
                 return passed
 
             return measure
 
-        return {name: tap(name) for name in self._centres}
+        def hold(name: str) -> Callable[[Tensor], Tensor]:
+            def keep(x: Tensor) -> Tensor:
+                held[name] = x
+                return x
+
+            return keep
+
+        made = {name: hold(name) for name in self._addends}
+        made.update({name: tap(name) for name in self._centres})
+        return made
 
     def set_slack(self, noise: Sequence[Mapping[str, Observed]]) -> None:
         """For ``hinge``: take the slack of each layer from what noise inputs produce."""

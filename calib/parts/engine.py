@@ -67,7 +67,13 @@ class Objective:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._input = spec.name
         self.matcher = BNMatcher(
-            recipe.loss, network.layers, device=device, dtype=dtype, bounds=network.bounds, owned=network.owned
+            recipe.loss,
+            network.layers,
+            device=device,
+            dtype=dtype,
+            bounds=network.bounds,
+            joins=network.joins,
+            owned=network.owned,
         )
         self.piece = piece if recipe.loss.separable and recipe.total_variation == 0 else None
         channels = spec.shape[1] if len(spec.shape) > 1 and spec.shape[1] else 1

@@ -44,23 +44,27 @@ def watch(
     per_sample: bool,
     unbiased: bool,
     bounds: tuple[float, float] | None = None,
+    addend: Tensor | None = None,
     own_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pass a value on and measure it.
+    """Measure a value and pass it on, with the sum and the rectifier that follow it done on the way if wished.
 
     Args:
         y: A value [N, C, ...]; channels-last memory is kept and is the fastest.
         centre: The mean that is expected, [C]. It only steadies the arithmetic; results do not depend on it.
         per_sample: One mean per image and channel ([N, C]) instead of one per channel ([C]).
         unbiased: Divide by n - 1 instead of n in the variance.
-        bounds: Pass on `y` limited to these bounds (``(0, inf)`` is a Relu, ``(0, 6)`` a Relu6) instead of `y`: saves separate
-            passes where the rectifier is all that reads the value.
+        bounds: Pass on what lies within these bounds (``(0, inf)`` is a Relu, ``(0, 6)`` a Relu6): saves separate passes over memory
+            where the rectifier is all that reads the value.
+        addend: Pass on ``y + addend`` (within the bounds) instead of `y`, for the end of a residual branch; same shape as `y`.
         own_gradient: The gradient that arrives belongs to nobody else, so it may be changed in place.
 
     Returns:
-        What is passed on, the mean, and the variance.
+        What is passed on, the mean of y, and its variance.
     """
-    passed, mean, var = _Watch.apply(y, centre, per_sample, unbiased, bounds, own_gradient)  # type: ignore[no-untyped-call]
+    passed, mean, var = _Watch.apply(  # type: ignore[no-untyped-call]
+        y, addend, centre, per_sample, unbiased, bounds, own_gradient
+    )
     return passed, mean, var
 
 
@@ -75,6 +79,7 @@ class _Watch(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
+        addend: Tensor | None,
         centre: Tensor,
         per_sample: bool,
         unbiased: bool,
@@ -83,31 +88,37 @@ class _Watch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = count_of(y.shape, per_sample)
         divisor = max(count - 1 if unbiased else count, 1)
-        loops = native.kernels() if native.Kernels.fits(y) else None
+        fits = native.Kernels.fits(y) and (addend is None or native.Kernels.fits(addend))
+        loops = native.kernels() if fits else None
         measure = _measure if loops is None else loops.measure
-        passed, mean, square = measure(y, centre, per_sample, bounds)
+        passed, mean, square = measure(y, addend, centre, per_sample, bounds)
         var = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).mul_(count / divisor).to(y.dtype)
         mean = mean.to(y.dtype) + centre
-        ctx.save_for_backward(y, mean)
+        ctx.save_for_backward(y, mean, passed if addend is not None and bounds is not None else None)
         ctx.count, ctx.divisor, ctx.bounds, ctx.own, ctx.loops = count, divisor, bounds, own_gradient, loops
+        ctx.joined = addend is not None
         return passed, mean, var
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(
         ctx: Any, passed: Tensor | None, to_mean: Tensor | None, to_var: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None, None, None]:
-        y, mean = ctx.saved_tensors
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+        y, mean, joined = ctx.saved_tensors
         slope = torch.zeros_like(mean) if to_var is None else to_var * (2 / ctx.divisor)
         level = -slope * mean
         if to_mean is not None:
             level.add_(to_mean, alpha=1 / ctx.count)
         add = _add if ctx.loops is None else ctx.loops.add
-        return add(passed, y, level, slope, ctx.bounds, in_place=ctx.own), None, None, None, None, None
+        limited = y if joined is None else joined
+        to_y, to_addend = add(
+            passed, y, limited, level, slope, ctx.bounds, in_place=ctx.own, joined=ctx.joined and passed is not None
+        )
+        return to_y, to_addend, None, None, None, None, None
 
 
 def _measure(
-    y: Tensor, centre: Tensor, per_sample: bool, bounds: tuple[float, float] | None
+    y: Tensor, addend: Tensor | None, centre: Tensor, per_sample: bool, bounds: tuple[float, float] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is passed on, and the means of y - centre and of its square."""
     axes = reduced_axes(y.dim(), per_sample)
@@ -115,6 +126,8 @@ def _measure(
     mean = work.mean(axes) if axes else work.clone()
     work.square_()
     square = work.mean(axes) if axes else work.clone()
+    if addend is not None:
+        y = torch.add(y, addend, out=work)
     if bounds is None:
         return y, mean, square
     low, high = bounds
@@ -126,20 +139,26 @@ def _measure(
 def _add(
     gradient: Tensor | None,
     y: Tensor,
+    limited: Tensor,
     level: Tensor,
     slope: Tensor,
     bounds: tuple[float, float] | None,
     *,
     in_place: bool,
-) -> Tensor:
-    """The gradient, masked by the bounds, plus level + slope * y."""
+    joined: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient to y: what arrives, where `limited` lies within the bounds, plus level + slope * y; and the one to the addend."""
     slope, level = _channels(slope, y.dim()), _channels(level, y.dim())
     if gradient is None:
-        return torch.addcmul(level, y, slope)
+        return torch.addcmul(level, y, slope), None
     if bounds is not None:
-        gradient = _masked(gradient, y, bounds, in_place=in_place)
+        gradient = _masked(gradient, limited, bounds, in_place=in_place)
         in_place = True  # after the mask the buffer is ours in any case
-    return gradient.addcmul_(y, slope).add_(level) if in_place else torch.addcmul(gradient, y, slope).add_(level)
+    if joined:
+        return torch.addcmul(gradient, y, slope).add_(level), gradient
+    if in_place:
+        return gradient.addcmul_(y, slope).add_(level), None
+    return torch.addcmul(gradient, y, slope).add_(level), None
 
 
 def _masked(gradient: Tensor, y: Tensor, bounds: tuple[float, float], *, in_place: bool) -> Tensor:

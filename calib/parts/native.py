@@ -33,9 +33,11 @@ _SOURCE = r"""
 
 #define BLOCK 64
 
-/* out = min(max(y, low), high) unless out is NULL; sums[i][c] = sum of (y - centre), squares[i][c] = sum of (y - centre)^2.
+/* sums[i][c] = sum of (y - centre), squares[i][c] = sum of (y - centre)^2; out = min(max(y + addend, low), high).
+   addend may be NULL (zero), and out too (nothing is written).
    Blocks of rows are summed in float and added up in double, so that large maps lose nothing. */
-void watch_forward(const float *restrict y, const float *restrict centre, float *restrict out, float low, float high,
+void watch_forward(const float *restrict y, const float *restrict addend, const float *restrict centre,
+                   float *restrict out, float low, float high,
                    double *restrict sums, double *restrict squares, float *restrict scratch,
                    ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide)
 {
@@ -49,9 +51,20 @@ void watch_forward(const float *restrict y, const float *restrict centre, float 
             ptrdiff_t stop = start + BLOCK < rows ? start + BLOCK : rows;
             for (ptrdiff_t c = 0; c < wide; c++) s[c] = q[c] = 0.0f;
             for (ptrdiff_t r = start; r < stop; r++) {
-                const float *restrict from = y + (i * rows + r) * wide;
-                if (out) {
-                    float *restrict to = out + (i * rows + r) * wide;
+                ptrdiff_t at = (i * rows + r) * wide;
+                const float *restrict from = y + at;
+                if (addend) {
+                    const float *restrict more = addend + at;
+                    float *restrict to = out + at;
+                    for (ptrdiff_t c = 0; c < wide; c++) {
+                        float v = from[c] + more[c], d = from[c] - centre[c];
+                        s[c] += d;
+                        q[c] += d * d;
+                        v = v < low ? low : v;
+                        to[c] = v > high ? high : v;
+                    }
+                } else if (out) {
+                    float *restrict to = out + at;
                     for (ptrdiff_t c = 0; c < wide; c++) {
                         float v = from[c], d = v - centre[c];
                         s[c] += d;
@@ -75,9 +88,10 @@ void watch_forward(const float *restrict y, const float *restrict centre, float 
     }
 }
 
-/* out = (low < y < high ? gradient : 0) + level[i][c] + slope[i][c] * y; gradient may be NULL (zero) or equal to out. */
-void watch_backward(const float *gradient, const float *restrict y, const float *restrict level,
-                    const float *restrict slope, float *out, float low, float high,
+/* rest = gradient where low < limited < high, else 0; out = rest + level[i][c] + slope[i][c] * y.
+   gradient may be NULL (zero); rest may be NULL (not wanted) or equal to gradient; without rest, out may equal gradient. */
+void watch_backward(const float *gradient, const float *y, const float *limited, const float *restrict level,
+                    const float *restrict slope, float *out, float *rest, float low, float high,
                     ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide, ptrdiff_t stride)
 {
     for (ptrdiff_t i = 0; i < images; i++) {
@@ -85,15 +99,25 @@ void watch_backward(const float *gradient, const float *restrict y, const float 
         const float *restrict b = slope + i * stride;
         for (ptrdiff_t r = 0; r < rows; r++) {
             ptrdiff_t at = (i * rows + r) * wide;
-            const float *restrict from = y + at;
+            const float *from = y + at, *mask = limited + at;
             float *to = out + at;
-            if (gradient) {
+            if (gradient && rest) {
+                const float *g = gradient + at;
+                float *keep = rest + at;
+#pragma GCC ivdep
+                for (ptrdiff_t c = 0; c < wide; c++) {
+                    float v = mask[c];
+                    float pass = (v > low) & (v < high) ? g[c] : 0.0f;
+                    keep[c] = pass;
+                    to[c] = pass + (a[c] + b[c] * from[c]);
+                }
+            } else if (gradient) {
                 const float *g = gradient + at;
 #pragma GCC ivdep
                 for (ptrdiff_t c = 0; c < wide; c++) {
-                    float v = from[c];
+                    float v = mask[c];
                     float pass = (v > low) & (v < high) ? g[c] : 0.0f;
-                    to[c] = pass + (a[c] + b[c] * v);
+                    to[c] = pass + (a[c] + b[c] * from[c]);
                 }
             } else {
 #pragma GCC ivdep
@@ -113,8 +137,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._forward, self._backward = library.watch_forward, library.watch_backward
         pointer, size, real = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
-        self._forward.argtypes = [pointer] * 3 + [real] * 2 + [pointer] * 3 + [size] * 3
-        self._backward.argtypes = [pointer] * 5 + [real] * 2 + [size] * 4
+        self._forward.argtypes = [pointer] * 4 + [real] * 2 + [pointer] * 3 + [size] * 3
+        self._backward.argtypes = [pointer] * 7 + [real] * 2 + [size] * 4
         self._forward.restype = self._backward.restype = None
         self._pool: ThreadPoolExecutor | None = None
 
@@ -136,46 +160,53 @@ class Kernels:
             rows, beside = rows // 2, beside * 2
         return rows, channels * beside, beside
 
-    def _run(self, images: int, call: Callable[[int, int], None]) -> None:
-        """Images are shared out among threads; each image's result does not depend on how."""
+    def _run(self, images: int, call: Callable[[int, int, int], None]) -> None:
+        """Images are shared out among threads (thread, first image, count); an image's result does not depend on how."""
         threads = min(torch.get_num_threads(), images)
         if threads == 1:
-            call(0, images)
+            call(0, 0, images)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="zsq-native")
-        cuts = [images * t // threads for t in range(threads + 1)]
-        waiting = [self._pool.submit(call, a, b - a) for a, b in itertools.pairwise(cuts[1:])]
-        call(0, cuts[1])
+        cuts = [images * thread // threads for thread in range(threads + 1)]
+        spans = [(thread, first, last - first) for thread, (first, last) in enumerate(itertools.pairwise(cuts))]
+        waiting = [self._pool.submit(call, *span) for span in spans[1:]]
+        call(*spans[0])
         for job in waiting:
             job.result()
 
     def measure(
-        self, y: Tensor, centre: Tensor, per_sample: bool, bounds: tuple[float, float] | None
+        self,
+        y: Tensor,
+        addend: Tensor | None,
+        centre: Tensor,
+        per_sample: bool,
+        bounds: tuple[float, float] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is passed on (y within the bounds), and the means of y - centre and of its square, float64 [N, C] or [C]."""
+        """What is passed on (y + addend within the bounds), and the means of y - centre and of its square, float64 [N, C] or [C]."""
         images, channels = y.shape[:2]
         rows, wide, beside = self._layout(y)
         low, high = bounds if bounds is not None else (-math.inf, math.inf)
-        out = torch.empty_like(y) if bounds is not None else None
+        out = torch.empty_like(y) if bounds is not None or addend is not None else None
         sums = torch.empty((2, images, wide), dtype=torch.float64)
-        scratch = torch.empty((max(torch.get_num_threads(), 1) + 1, 2 * wide + 32))
-        shifted = centre.repeat(beside)
-        step, big = rows * wide * 4, wide * 8
-        start, result = y.data_ptr(), 0 if out is None else out.data_ptr()
-        first, second, work = sums[0].data_ptr(), sums[1].data_ptr(), scratch.data_ptr()
-        lanes, lane_bytes = iter(range(scratch.shape[0])), scratch.stride(0) * 4
+        scratch = torch.empty((torch.get_num_threads() + 1, 2 * wide + 32))
+        shifted = centre.repeat(beside) if beside > 1 else centre.contiguous()
+        step, big, lane = rows * wide * 4, wide * 8, scratch.stride(0) * 4
+        start, more, result = y.data_ptr(), _address(addend), _address(out)
+        first, work, middle = sums.data_ptr(), scratch.data_ptr(), shifted.data_ptr()
+        second = first + images * big
 
-        def call(begin: int, count: int) -> None:
+        def call(thread: int, begin: int, count: int) -> None:
             self._forward(
                 start + begin * step,
-                shifted.data_ptr(),
+                more + begin * step if more else None,
+                middle,
                 result + begin * step if result else None,
                 low,
                 high,
                 first + begin * big,
                 second + begin * big,
-                work + next(lanes) * lane_bytes,
+                work + thread * lane,
                 count,
                 rows,
                 wide,
@@ -191,31 +222,46 @@ class Kernels:
         self,
         gradient: Tensor | None,
         y: Tensor,
+        limited: Tensor,
         level: Tensor,
         slope: Tensor,
         bounds: tuple[float, float] | None,
         *,
         in_place: bool,
-    ) -> Tensor:
-        """The gradient where y lies within the bounds, plus level + slope * y; level and slope are [N, C] or [C]."""
+        joined: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient to y: what arrives, where `limited` lies within the bounds, plus level + slope * y ([N, C] or [C]).
+
+        Returns:
+            That, and, when `joined`, the gradient to the addend: what arrives within the bounds.
+        """
         low, high = bounds if bounds is not None else (-math.inf, math.inf)
         if gradient is not None and not gradient.is_contiguous(memory_format=torch.channels_last):
             gradient, in_place = gradient.contiguous(memory_format=torch.channels_last), True
-        out = gradient if in_place and gradient is not None else torch.empty_like(y)
-        level, slope = level.reshape(-1, y.shape[1]), slope.reshape(-1, y.shape[1])
+        rest = None
+        if joined and gradient is not None:
+            rest = gradient if in_place or bounds is None else torch.empty_like(y)
+            out = torch.empty_like(y)
+        else:
+            out = gradient if in_place and gradient is not None else torch.empty_like(y)
         rows, wide, beside = self._layout(y)
-        levels, slopes = (item.repeat(1, beside).contiguous() for item in (level, slope))
-        stride = wide if level.shape[0] > 1 else 0
+        levels, slopes = (item.reshape(-1, y.shape[1]).repeat(1, beside) for item in (level, slope))
+        stride = wide if levels.shape[0] > 1 else 0
         step = rows * wide * 4
-        start, result, source = y.data_ptr(), out.data_ptr(), 0 if gradient is None else gradient.data_ptr()
+        start, result, source = y.data_ptr(), out.data_ptr(), _address(gradient)
+        mask, other = limited.data_ptr(), _address(rest if bounds is not None else None)
+        a, b = levels.data_ptr(), slopes.data_ptr()
 
-        def call(begin: int, count: int) -> None:
+        def call(thread: int, begin: int, count: int) -> None:
+            del thread
             self._backward(
                 source + begin * step if source else None,
                 start + begin * step,
-                levels.data_ptr() + begin * stride * 4,
-                slopes.data_ptr() + begin * stride * 4,
+                mask + begin * step,
+                a + begin * stride * 4,
+                b + begin * stride * 4,
                 result + begin * step,
+                other + begin * step if other else None,
                 low,
                 high,
                 count,
@@ -225,7 +271,11 @@ class Kernels:
             )
 
         self._run(y.shape[0], call)
-        return out
+        return out, rest
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

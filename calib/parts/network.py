@@ -65,6 +65,7 @@ class SynthesisNetwork:
         graph: Build a twin of it.
         layers: The batch-norm layers, in graph order of the original network.
         bounds: Watched values that a rectifier reads alone, with its bounds; the watch applies it and the graph no longer does.
+        joins: Watched values that a sum reads alone, with the value that it adds; the watch adds it and the graph no longer does.
         owned: Watched values whose gradient may be changed in place.
         edges: Inputs of strided convolutions under names of their own, for swing convolution.
         folded: How many batch norms are folded away.
@@ -73,6 +74,7 @@ class SynthesisNetwork:
     graph: Graph
     layers: tuple[BNLayer, ...]
     bounds: Mapping[str, tuple[float, float]]
+    joins: Mapping[str, str]
     owned: frozenset[str]
     edges: tuple[str, ...]
     folded: int
@@ -103,15 +105,21 @@ def prepare(model: _Model, *, fast: bool = True, swing: bool = False) -> Synthes
     graph, folded = (_fold(model.graph, batch_norms)) if fast else (model.graph, frozenset[str]())
     layers = bn_layers(batch_norms, folded)
     bounds: dict[str, tuple[float, float]] = {}
+    joins: dict[str, str] = {}
     if fast:
         graph, bounds = _fuse_rectifiers(graph, layers)
-    graph, edges = swing_edges(graph) if swing else (graph, ())
+        graph, joins = _fuse_sums(graph, layers, bounds)
+    # A value that is added without a rectifier behind shares its gradient with the sum.
+    shared = {addend for value, addend in joins.items() if value not in bounds}
     owned = frozenset(
         layer.value
         for layer in layers
-        if not graph.is_output(layer.value) and all(_sends_fresh(node) for node in graph.consumers(layer.value))
+        if not graph.is_output(layer.value)
+        and layer.value not in shared
+        and all(_sends_fresh(node) for node in graph.consumers(layer.value))
     )
-    return SynthesisNetwork(graph, layers, bounds, owned, edges, len(folded))
+    graph, edges = swing_edges(graph) if swing else (graph, ())
+    return SynthesisNetwork(graph, layers, bounds, joins, owned, edges, len(folded))
 
 
 def _sends_fresh(node: onnx.NodeProto) -> bool:
@@ -168,15 +176,77 @@ def _fuse_rectifiers(graph: Graph, layers: Sequence[BNLayer]) -> tuple[Graph, di
             continue
         bounds[value], renamed[result] = limits, value
         removed.add(node.name)
-    if not removed:
+    return (_rewritten(graph, graph.nodes, removed, renamed), bounds) if removed else (graph, {})
+
+
+def _fuse_sums(
+    graph: Graph, layers: Sequence[BNLayer], bounds: dict[str, tuple[float, float]]
+) -> tuple[Graph, dict[str, str]]:
+    """Take out each Add that alone reads a watched value, and a rectifier behind it; `bounds` gets the rectifier's.
+
+    The layer that makes the watched value moves to the place of the Add, where the other summand exists.
+    """
+    watched = [layer.value for layer in layers]
+    order = {node.name: index for index, node in enumerate(graph.nodes)}
+    joins: dict[str, str] = {}
+    renamed: dict[str, str] = {}
+    removed: set[str] = set()
+    at: dict[str, str] = {}  # Add -> the node that takes its place
+    for node in graph.nodes:
+        if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or len(set(node.input)) != 2:
+            continue
+        shapes = [graph.shape(name) for name in node.input]
+        if shapes[0] is None or shapes[1] is None or len(shapes[0]) != 4 or shapes[0][1:] != shapes[1][1:]:
+            continue
+        if None in shapes[0][1:] or shapes[0][0] != shapes[1][0]:
+            continue
+        free = [
+            name
+            for name in node.input
+            if watched.count(name) == 1
+            and name not in bounds
+            and not graph.is_output(name)
+            and len(graph.consumers(name)) == 1
+            and graph.producer(name) is not None
+        ]
+        if not free or any(graph.constant(name) is not None for name in node.input):
+            continue
+        value = max(free, key=lambda name: order[_producer(graph, name).name])
+        other = next(name for name in node.input if name != value)
+        result = node.output[0]
+        if graph.is_output(result) or result in watched:
+            continue
+        joins[value], renamed[result], at[node.name] = other, value, _producer(graph, value).name
+        readers = graph.consumers(result)
+        rectifier = readers[0] if len(readers) == 1 and readers[0].op_type in _RECTIFIERS else None
+        limits = None if rectifier is None else _bounds_of(graph, rectifier)
+        if rectifier is not None and limits is not None:
+            after = rectifier.output[0]
+            if not graph.is_output(after) and after not in watched:
+                bounds[value], renamed[after] = limits, value
+                removed.add(rectifier.name)
+    if not joins:
         return graph, {}
+    moved = set(at.values())
+    nodes = [graph.node(at[node.name]) if node.name in at else node for node in graph.nodes if node.name not in moved]
+    joins = {value: renamed.get(other, other) for value, other in joins.items()}
+    return _rewritten(graph, nodes, removed, renamed), joins
+
+
+def _producer(graph: Graph, value: str) -> onnx.NodeProto:
+    node = graph.producer(value)
+    assert node is not None
+    return node
+
+
+def _rewritten(graph: Graph, nodes: Sequence[onnx.NodeProto], removed: set[str], renamed: Mapping[str, str]) -> Graph:
+    """A graph of these nodes without the removed ones, where readers of renamed values read their new names."""
     proto = graph.editable()
-    kept = [node for node in proto.graph.node if node.name not in removed]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes if node.name not in removed]
     for node in kept:
         for index, name in enumerate(node.input):
             if name in renamed:
                 node.input[index] = renamed[name]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
-    return Graph(proto), bounds
+    return Graph(proto)

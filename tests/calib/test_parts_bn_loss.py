@@ -236,8 +236,15 @@ def test_choices_that_make_no_sense_are_refused(options: dict) -> None:
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 3), (4, 16, 8, 8), (2, 3, 9, 9), (1, 70, 5, 5), (5, 8, 2, 6)])
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
 def test_watch_against_autograd(
-    compiled: bool, bounds: tuple | None, per_sample: bool, shape: tuple, own: bool, monkeypatch: pytest.MonkeyPatch
+    compiled: bool,
+    bounds: tuple | None,
+    per_sample: bool,
+    shape: tuple,
+    own: bool,
+    joined: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both implementations, in float32, against torch's own differentiation of the plain formula in float64."""
     if compiled:
@@ -250,25 +257,32 @@ def test_watch_against_autograd(
     weight = torch.randn(shape, generator=generator)
     axes = (2, 3) if per_sample else (0, 2, 3)
     exact = y.double().requires_grad_()
-    passed = exact if bounds is None else exact.clamp(*bounds)
+    more = torch.randn(shape, generator=generator) if joined else torch.zeros(shape)
+    exact_more = more.double().requires_grad_()
+    total = exact + exact_more
+    passed = total if bounds is None else total.clamp(*bounds)
     mean, var = exact.mean(axes), exact.var(axes, correction=1)
     toward = torch.randn(mean.shape, generator=generator)
     (passed.mul(weight.double()).sum() + (mean * toward).sum() * 40 + (var * toward).sum() * 30).backward()
 
     mine = y.contiguous(memory_format=torch.channels_last).requires_grad_()
+    mine_more = more.contiguous(memory_format=torch.channels_last).requires_grad_()
     out, m, v = watch(
         mine * 1,
         torch.randn(shape[1], generator=generator),
         per_sample=per_sample,
         unbiased=True,
         bounds=bounds,
+        addend=mine_more * 1 if joined else None,
         own_gradient=own,
     )
-    torch.testing.assert_close(out.double(), passed, rtol=0, atol=0)
+    torch.testing.assert_close(out, passed.float(), rtol=0, atol=0)
     torch.testing.assert_close(m.double(), mean, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(v.double(), var, rtol=2e-5, atol=1e-6)
     ((out * weight).sum() + (m * toward).sum() * 40 + (v * toward).sum() * 30).backward()
     torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=2e-5)
+    if joined:
+        torch.testing.assert_close(mine_more.grad.double(), exact_more.grad, rtol=0, atol=1e-7)
 
 
 def test_watch_keeps_a_spread_that_drowns_in_an_offset() -> None:

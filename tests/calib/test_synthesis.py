@@ -174,9 +174,10 @@ def test_every_layer_is_watched_where_it_can_be(everything: tuple[nn.Module, Mod
     network = prepare(everything[1])
     assert len(network.layers) == 6
     assert network.folded == 4  # not the one behind the concatenation, not the one with dead channels
-    assert len(network.bounds) == 3  # stem, point, last; the inner one goes into a sum
+    assert len(network.bounds) == 4  # stem, point, inner (behind the sum), last
+    assert len(network.joins) == 1
     plain = prepare(everything[1], fast=False)
-    assert (plain.folded, len(plain.bounds)) == (0, 0)
+    assert (plain.folded, len(plain.bounds), len(plain.joins)) == (0, 0, 0)
     assert len(prepare(everything[1], swing=True).edges) == 2
 
 
