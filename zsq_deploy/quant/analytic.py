@@ -539,7 +539,7 @@ class _Propagation:
             return replace(x, axis=-1) if place == len(perm) - 1 else x.pooled()
         size = before[channel]
         if node.op_type in ("Reshape", "Flatten") and channel == 1 and len(after) == 2 and after[1] and size:
-            return _spread(x, after[1] // size) if after[1] % size == 0 else x.pooled()
+            return _repeat(x, after[1] // size) if after[1] % size == 0 else x.pooled()
         if (
             node.op_type in ("Reshape", "Squeeze", "Slice", "Unsqueeze")
             and channel == 1
@@ -550,12 +550,10 @@ class _Propagation:
         return x.pooled()
 
 
-def _repeat(x: Channels, size: int) -> Channels:
-    return Channels(*(np.repeat(v, size) for v in (x.mean, x.var, x.low, x.high)), axis=1, kind=x.kind)
-
-
-def _spread(x: Channels, times: int) -> Channels:
-    return Channels(*(np.repeat(v, times) for v in (x.mean, x.var, x.low, x.high)), axis=1, kind=x.kind)
+def _repeat(x: Channels, times: int) -> Channels:
+    """Every entry `times` times, along axis 1."""
+    mean, var, low, high = (np.repeat(v, times) for v in (x.mean, x.var, x.low, x.high))
+    return Channels(mean, var, low, high, 1, x.kind)
 
 
 def propagate(graph: Graph, inputs: Mapping[str, tuple[Vector, Vector]], *, sigmas: float = 6.0) -> Propagated:

@@ -85,7 +85,8 @@ class QParams:
         scale = self.expand(self.scale, x.shape).astype(x.dtype)
         zero = self.expand(self.zero_point, x.shape)
         codes = np.rint(x / scale) + zero
-        return np.clip(codes, self.scheme.qmin, self.scheme.qmax).astype(np.int32).astype(storage_dtype(self.scheme))
+        clipped = np.clip(codes, self.scheme.qmin, self.scheme.qmax)
+        return np.asarray(clipped.astype(np.int32).astype(storage_dtype(self.scheme)))
 
     def dequantize(self, codes: Array) -> npt.NDArray[np.float32]:
         """float32 numbers of integer codes."""

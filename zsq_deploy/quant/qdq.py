@@ -17,6 +17,7 @@ Names are those that ONNX Runtime's quantizer uses: ``V_scale``, ``V_zero_point`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -439,8 +440,8 @@ class _Writer:
         limits = _type_limits(kind)
         if limits != (scheme.qmin, scheme.qmax):
             # Fewer codes than the type has: QuantizeLinear saturates to the type, so the range is cut before it.
-            low = net.add_constant(f"{value}_range_low", np.float32(parameters.low).reshape(()))
-            high = net.add_constant(f"{value}_range_high", np.float32(parameters.high).reshape(()))
+            low = net.add_constant(f"{value}_range_low", np.asarray(parameters.low, np.float32).reshape(()))
+            high = net.add_constant(f"{value}_range_high", np.asarray(parameters.high, np.float32).reshape(()))
             cut = net.fresh(f"{value}_in_range")
             net.nodes.append(net.new_node("Clip", [source, low, high], [cut], f"{value}_Clip"))
             source = cut
@@ -627,8 +628,6 @@ def insert_qdq(
     Returns:
         The new graph; its operator set is raised to 21 where the integer types ask for it.
     """
-    import dataclasses
-
     rules = rules or PlacementRules()
     changes: dict[str, Any] = {"exclude": rules.exclude | set(exclude)}
     if op_types is not None:

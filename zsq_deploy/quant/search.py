@@ -7,7 +7,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,8 @@ def expected_squared_error(histogram: Histogram, low: float, high: float, scheme
     u = histogram.edges / scale
     inside = np.clip(u, scheme.qmin - zero, scheme.qmax - zero)
     nearest = np.rint(inside)
-    integral = nearest / 12.0 + (inside - nearest) ** 3 / 3.0 + (u - inside) ** 3 / 3.0
+    rounding, clipping = inside - nearest, u - inside
+    integral = nearest / 12.0 + (rounding * rounding * rounding + clipping * clipping * clipping) / 3.0
     per_bin = np.diff(integral) / (histogram.width / scale) * scale**2
     counts = histogram.counts.astype(np.float64)
     if histogram.zeros:
@@ -73,11 +74,11 @@ def expected_squared_error(histogram: Histogram, low: float, high: float, scheme
     return float(counts @ per_bin / max(histogram.total, 1))
 
 
-def mse(histogram: Histogram, scheme: Scheme, *, steps: int = 80, smallest: float = 0.05, bins: int = 2048) -> Range:
+def mse(histogram: Histogram, scheme: Scheme, *, steps: int = 48, smallest: float = 0.05, bins: int = 2048) -> Range:
     """The range with the smallest expected squared error.
 
-    A grid of clip ratios is applied to both ends together first; an asymmetric scheme then refines each end by itself, with the same
-    grid of ratios, until neither moves (four times at most).
+    A grid of clip ratios is applied to both ends together first, then a finer one around the best. An asymmetric scheme then moves
+    each end by itself, over the whole grid once and over the finer one once more.
 
     Args:
         histogram: Of the tensor.
@@ -92,27 +93,43 @@ def mse(histogram: Histogram, scheme: Scheme, *, steps: int = 80, smallest: floa
         return 0.0, 0.0
     coarse = histogram.coarser(bins)
     ratios = np.linspace(1.0, smallest, steps)
+    gap = float(ratios[0] - ratios[1]) if steps > 1 else 0.0
+    known: dict[Range, float] = {}
 
-    def best(candidates: list[Range]) -> Range:
-        errors = [expected_squared_error(coarse, a, b, scheme) for a, b in candidates]
-        return candidates[int(np.argmin(errors))]
+    def best(candidates: Iterable[Range]) -> Range:
+        unique = list(dict.fromkeys(candidates))
+        for pair in unique:
+            if pair not in known:
+                known[pair] = expected_squared_error(coarse, *pair, scheme)
+        return min(unique, key=known.__getitem__)
 
+    def around(ratio: float) -> Array:
+        return np.clip(ratio + np.linspace(-gap, gap, 9), smallest, 1.0)
+
+    reach = max(-low, high)
     if scheme.symmetric:
-        reach = max(-low, high)
-        return best([(max(low, -reach * r), min(high, reach * r)) for r in ratios])
-    found = best([(low * r, high * r) for r in ratios])
-    for _ in range(4):
-        before = found
-        if low < 0.0:
-            found = best([found, *((low * r, found[1]) for r in ratios)])
-        if high > 0.0:
-            found = best([found, *((found[0], high * r) for r in ratios)])
-        if found == before:
-            break
+
+        def both(ratio: float) -> Range:
+            return max(low, -reach * ratio), min(high, reach * ratio)
+    else:
+
+        def both(ratio: float) -> Range:
+            return low * ratio, high * ratio
+
+    ends = {both(float(ratio)): float(ratio) for ratio in ratios}
+    found = best(ends)
+    found = best([found, *(both(float(ratio)) for ratio in around(ends[found]))])
+    if scheme.symmetric or low == 0.0 or high == 0.0:
+        return found
+    for fine in (False, True):
+        found = best([found, *((low * float(r), found[1]) for r in (around(found[0] / low) if fine else ratios))])
+        found = best([found, *((found[0], high * float(r)) for r in (around(found[1] / high) if fine else ratios))])
     return found
 
 
-def entropy(histogram: Histogram, scheme: Scheme, *, bins: int = 2048, steps: int = 128) -> Range:
+def entropy(
+    histogram: Histogram, scheme: Scheme, *, bins: int = 2048, steps: int = 128, most_clipped: float = 0.005
+) -> Range:
     """The clip threshold whose quantized distribution loses the least information (Kullback-Leibler divergence).
 
     The numbers are clipped at ``[-t, t]`` (within the observed range) for `steps` thresholds. The reference distribution ``P`` is the
@@ -120,11 +137,15 @@ def entropy(histogram: Histogram, scheme: Scheme, *, bins: int = 2048, steps: in
     code evenly over the bins that are occupied there. Exact zeros are left out, because every candidate represents them exactly.
     The resolution is at least `bins` bins over the larger side.
 
+    The measure has a known weakness: where activations crowd at a few values (constant channels), it favours thresholds that give
+    every bin a code of its own, however much they clip. So no threshold is tried that clips more than the share `most_clipped`.
+
     Args:
         histogram: Of the tensor.
         scheme: The integers that will represent it.
         bins: Smallest number of bins; must be well above the number of codes, or there is nothing to search.
         steps: Number of thresholds.
+        most_clipped: Share of the numbers other than zero that a threshold may clip.
     """
     low, high = minmax(histogram)
     low, high = min(low, 0.0), max(high, 0.0)
@@ -145,6 +166,10 @@ def entropy(histogram: Histogram, scheme: Scheme, *, bins: int = 2048, steps: in
     smallest = max(scheme.levels // (2 if below and above else 1), 2)
     if scheme.symmetric and not (below and above):
         smallest = max(scheme.levels // 2, 2)
+    places = np.arange(len(whole)) - below
+    distance = np.where(places >= 0, places + 1, -places)
+    inside = np.cumsum(np.bincount(distance, weights=whole, minlength=reach + 1))
+    smallest = max(smallest, int(np.searchsorted(inside, (1.0 - most_clipped) * inside[-1])))
     thresholds = np.unique(np.linspace(min(smallest, reach), reach, steps).astype(int))
     best, found = np.inf, reach
     cumulative = np.concatenate([[0.0], np.cumsum(whole)])
@@ -163,9 +188,9 @@ def entropy(histogram: Histogram, scheme: Scheme, *, bins: int = 2048, steps: in
         codes = (codes - scheme.qmin).astype(np.int64)
         occupied = p > 0
         mass = np.bincount(codes, weights=inner, minlength=scheme.levels)
-        places = np.bincount(codes, weights=occupied, minlength=scheme.levels)
+        bins_of = np.bincount(codes, weights=occupied, minlength=scheme.levels)
         with np.errstate(divide="ignore", invalid="ignore"):
-            q = np.where(occupied, mass[codes] / places[codes], 0.0)
+            q = np.where(occupied, mass[codes] / bins_of[codes], 0.0)
         p_sum, q_sum = p.sum(), q.sum()
         if q_sum <= 0:
             continue
