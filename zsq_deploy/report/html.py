@@ -104,7 +104,7 @@ def _speed_card(target: TargetSection) -> dict[str, Any]:
     detail = (
         f"{words.milliseconds(latency.engine.median_ms)} instead of {words.milliseconds(latency.float32.median_ms)}"
     )
-    if latency.speedup_over_best is not None and latency.float_best and latency.float_best.mode != latency.float32.mode:
+    if latency.speedup_over_best is not None and latency.float_best and latency.float_best != latency.float32:
         detail += f"; {words.times(latency.speedup_over_best)} the best float mode"
     if latency.engine.threads:
         detail += f"; {latency.engine.threads} thread" + ("s" if latency.engine.threads > 1 else "")
@@ -179,7 +179,7 @@ def _exact_card(target: TargetSection) -> dict[str, Any]:
     return _card(
         "Bit for bit",
         words.percent(exact.equal_share),
-        "",
+        "of outputs",
         detail,
         tone="" if good else "fair",
         meter=exact.equal_share,
@@ -237,6 +237,16 @@ def _sentence(report: Report, name: str, target: TargetSection, *, first: bool) 
     if first:
         return ", ".join([f"{report.model.name} runs on {name} as an integer engine", *gains]) + "."
     return f"On {name}: " + (", ".join(gains) or "an integer engine") + "."
+
+
+def _intro(target: TargetSection) -> str:
+    """What the target is and how numbers are stored on it."""
+    parts = [target.summary.rstrip(".")] if target.summary else []
+    if target.activation and target.weight:
+        parts.append(f"Activations {target.activation}, weights {target.weight}")
+    if target.runtime:
+        parts.append(f"Runtime: {target.runtime} {target.runtime_version}".rstrip())
+    return ". ".join(parts) + ("." if parts else "")
 
 
 def _lead(report: Report) -> str:
@@ -334,6 +344,7 @@ def _target(report: Report, name: str, target: TargetSection, index: int) -> dic
         "slug": slug,
         "data": target,
         "cards": _cards(target),
+        "intro": _intro(target),
         "sentence": _sentence(report, name, target, first=index == 0),
         "figures": {key: markupsafe.Markup(svg) if svg else None for key, svg in figures.items()},  # noqa: S704 - drawn by us
         "references": _references(target),
@@ -343,7 +354,7 @@ def _target(report: Report, name: str, target: TargetSection, index: int) -> dic
             (label, numbers)
             for label, numbers in (
                 ("engine", latency.engine),
-                ("float, best mode", latency.float_best),
+                ("float, best mode", None if latency.float_best == latency.float32 else latency.float_best),
                 ("float, fp32", latency.float32),
                 *latency.others.items(),
             )

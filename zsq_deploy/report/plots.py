@@ -52,7 +52,7 @@ _SETTINGS: Any = {  # newer stubs name every setting, older ones do not
     "grid.linewidth": 0.6,
 }
 #: So many layers get a name in a figure; longer networks are shown by number, and by name in the table.
-_NAMED_LAYERS = 48
+_NAMED_LAYERS = 80
 #: Width of a figure over the whole page, in inches.
 _WIDE = 10.9
 
@@ -102,14 +102,18 @@ def _bars(
     """Horizontal bars from 0 with the value written behind each: ``(label, value, colour, text)``."""
     figure, axes = _figure(5.2, 0.42 * len(rows) + 0.75)
     places = list(range(len(rows)))[::-1]
-    reach = max([value for _, value, _, _ in rows] + [mark for row in errors for mark, _ in row] + [1e-12])
+    reach = max([value for _, value, _, _ in rows] + [1e-12])
+    # A rare slow run must not press the bars together: marks far out are drawn at the edge, as an arrow.
+    limit = 1.7 * reach
+    reach = max([reach] + [min(mark, limit) for row in errors for mark, _ in row])
     for place, (_, value, colour, text) in zip(places, rows, strict=True):
         axes.barh(place, value, height=0.56, color=colour)
-        marks = errors[places[0] - place] if errors else ()
-        end = max([value, *(mark for mark, _ in marks)])
-        for mark, style in marks:
-            axes.plot([value, mark], [place, place], color=_SOFT, linewidth=1)
-            axes.plot(mark, place, marker=style, color=_INK, markersize=5, linestyle="none")
+        end = value
+        for mark, style in errors[places[0] - place] if errors else ():
+            shown = min(mark, limit)
+            axes.plot([value, shown], [place, place], color=_SOFT, linewidth=1)
+            axes.plot(shown, place, marker=style if mark <= limit else ">", color=_INK, markersize=5, linestyle="none")
+            end = max(end, shown)
         if whiskers:
             low, high = whiskers[places[0] - place]
             axes.plot([low, high], [place, place], color=_INK, linewidth=1.4)
@@ -131,13 +135,14 @@ def _bars(
 def latency_bars(latency: LatencySection, name: str) -> str | None:
     """Median of engine, best float mode and fp32, with p90 and p99 as marks."""
     rows, errors = [], []
+    same = latency.float_best is not None and latency.float_best == latency.float32
     for key, label, colour in (
         ("engine", "engine", _ENGINE),
         ("float_best", "float, best mode", _FLOAT),
         ("float32", "float, fp32", _FLOAT),
     ):
         numbers = getattr(latency, key)
-        if numbers is None or numbers.median_ms is None:
+        if numbers is None or numbers.median_ms is None or (same and key == "float_best"):
             continue
         rows.append((label, numbers.median_ms, colour, words.milliseconds(numbers.median_ms)))
         marks = ((numbers.p90_ms, "|"), (numbers.p99_ms, "d"))
@@ -239,6 +244,8 @@ def _layer_axis(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _short(name: str, length: int) -> str:
+    """The end of a long name, without what exporters add to every name."""
+    name = name.removesuffix("_output_0").lstrip("/")
     return name if len(name) <= length else "…" + name[1 - length :]
 
 

@@ -81,7 +81,8 @@ class TensorDifference:
 class FlipTrace:
     """One sample, followed from its first differing tensor to the output: how far a single flip travels.
 
-    Of all samples that differ, it is the one with the fewest differing elements where it starts (usually one).
+    Of all samples that differ it is one that starts at the earliest tensor, with the fewest differing elements there (usually
+    one).
 
     Attributes:
         sample: Number of the sample, from 0.
@@ -174,7 +175,7 @@ class TensorWalk:
         self._sum = np.zeros(size)
         self._signal = np.zeros(size)
         self._noise = np.zeros(size)
-        self._flip: tuple[tuple[int, int], FlipTrace] | None = None
+        self._flip: tuple[tuple[int, int, int], FlipTrace] | None = None
 
     def update(self, engine: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
         """Add one batch: every named tensor from both sides, first axis samples.
@@ -238,7 +239,7 @@ class TensorWalk:
         table = np.stack([counts[index] for index in followed], axis=1)
         for sample in np.flatnonzero(table.any(axis=1)):
             start = int(np.argmax(table[sample] > 0))
-            key = (int(table[sample, start]), self._samples + int(sample))
+            key = (followed[start], int(table[sample, start]), self._samples + int(sample))
             if self._flip is not None and self._flip[0] <= key:
                 continue
             rest = followed[start:]
