@@ -7,7 +7,6 @@ a resumed run gives bit for bit the set that an undisturbed one would have given
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import signal
@@ -20,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -28,34 +26,20 @@ from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet
 from zsq_deploy.calib.methods import METHODS, Method
 from zsq_deploy.calib.parts.checkpoint import Checkpoint
 from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
+from zsq_deploy.calib.parts.memory import steady_memory
 from zsq_deploy.calib.parts.network import SynthesisNetwork, prepare
 from zsq_deploy.calib.parts.priors import InputSpace
 from zsq_deploy.calib.parts.recipe import Recipe, describe, resolve
+from zsq_deploy.calib.parts.sizing import batch_sizes, largest_batch
 from zsq_deploy.errors import CalibrationError, InterruptedRunError, UsageError
 from zsq_deploy.model import Model
 from zsq_deploy.model.graph import TensorSpec
 from zsq_deploy.progress import SILENT, Progress, Task
 
-__all__ = ["batch_sizes", "synthesize"]
+__all__ = ["synthesize"]
 
 # How often the current batch is checkpointed, in seconds.
 _SAVE_EVERY = 30.0
-# What the pieces of a batch may keep for the gradient: enough to keep convolutions busy, little enough to be kind to memory.
-_PIECE_BYTES = 512 * 2**20
-_SMALLEST_PIECE = 8
-# Share of the machine's memory that activations kept for the gradient may take.
-_MEMORY_SHARE = 0.35
-
-
-def batch_sizes(images: int, largest: int, unit: int = 1) -> list[int]:
-    """Cut `images` into as few batches as `largest` allows, of equal size to within one `unit`.
-
-    `unit` is the batch size of a network that takes no other; the last batch may then hold some images too many.
-    """
-    units = math.ceil(images / unit)
-    count = math.ceil(units / max(1, largest // unit))
-    small, extra = divmod(units, count)
-    return [(small + (index < extra)) * unit for index in range(count)]
 
 
 def synthesize(
@@ -214,7 +198,7 @@ def _optimise(
     space = InputSpace.of(spec, model.preprocess, device)
     objective = Objective(recipe, network, spec, space, device=device)
     fixed = None if model.dynamic_batch else int(spec.shape[0] or 1)
-    largest, piece, note = _sizes(objective, shape, batch_size or recipe.batch_size, device, fixed)
+    largest, piece, note = largest_batch(objective, shape, batch_size or recipe.batch_size, device, fixed)
     if note:
         notes.append(note)
         progress.say(note)
@@ -237,6 +221,7 @@ def _optimise(
     finished: list[tuple[Tensor, dict[str, Any]]] = []
     with (
         deterministic(),
+        steady_memory(),
         _Interrupts() as interrupts,
         progress.task(f"{method.name}: {images} images", len(sizes) * recipe.steps) as task,
     ):
@@ -332,65 +317,6 @@ def _summary(recipe: Recipe, batches: Sequence[Mapping[str, Any]]) -> str:
             f"steps, when the loss had not fallen by {recipe.stop.threshold:.1%} for {recipe.stop.patience} steps"
         )
     return text
-
-
-def _sizes(
-    objective: Objective, shape: tuple[int, ...], wanted: int, device: torch.device, fixed: int | None
-) -> tuple[int, int | None, str | None]:
-    """Largest batch and piece for this network and machine, and a note when the batch became smaller than wanted.
-
-    Both depend on the network and the machine's total memory only, not on what is free at the moment.
-    """
-    if fixed is not None:  # a network that takes one batch size only
-        if objective.recipe.loss.separable:
-            return max(fixed, wanted // fixed * fixed), fixed, None
-        note = (
-            f"the network takes batches of {fixed} only, so statistics are matched over {fixed} image(s) at a time instead "
-            f"of {wanted}; export it with a free batch dimension for the published method"
-        )
-        return fixed, None, note
-    kept = _probe(objective, shape, device)
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
-    fits = max(1, int(_MEMORY_SHARE * total / max(kept, 1)))
-    if objective.recipe.loss.separable:
-        piece = fits if device.type == "cuda" else max(_SMALLEST_PIECE, _PIECE_BYTES // kept)
-        return wanted, min(piece, fits), None
-    if wanted <= fits:
-        return wanted, None, None
-    note = (
-        f"batches of {fits} images instead of {wanted}: the gradient of one image keeps {kept / 2**20:.0f} MiB, and "
-        f"{_MEMORY_SHARE:.0%} of {total / 2**30:.1f} GiB of memory is used at most"
-    )
-    return fits, None, note
-
-
-def _probe(objective: Objective, shape: tuple[int, ...], device: torch.device) -> int:
-    """Bytes that the gradient of one image keeps, from a forward pass over two."""
-    seen: dict[int, int] = {}
-    weights = {parameter.data_ptr() for parameter in objective.twin.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights:
-            seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
-        return tensor
-
-    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-    if noise.dim() == 4:
-        noise = noise.to(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = objective.losses(noise.requires_grad_(), torch.Generator().manual_seed(0))
-    del losses
-    # Gradients, temporaries and the allocator's slack come on top of what is kept.
-    return int(1.5 * sum(seen.values()) / 2) + 1
-
-
-def _memory() -> int:
-    """Memory of this machine, or of the container it is running in."""
-    total = int(psutil.virtual_memory().total)
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(Path(name).read_text()))
-    return total
 
 
 def _peak_rss() -> int:

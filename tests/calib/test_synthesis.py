@@ -25,7 +25,8 @@ from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.parts.engine import Objective
 from zsq_deploy.calib.parts.network import prepare
 from zsq_deploy.calib.parts.priors import NATURAL_MEAN, NATURAL_STD, InputSpace
-from zsq_deploy.calib.synthesis import batch_sizes, synthesize
+from zsq_deploy.calib.parts.sizing import batch_sizes
+from zsq_deploy.calib.synthesis import synthesize
 from zsq_deploy.errors import CalibrationError, InterruptedRunError, StaleArtifactError, UsageError
 from zsq_deploy.model import Graph, Model, Preprocess, TensorSpec, load_model
 from zsq_deploy.progress import Silent, Task
