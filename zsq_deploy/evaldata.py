@@ -283,7 +283,7 @@ class _Pixels:
             )
 
     def read(self, index: int) -> Array:
-        image = self._pixels[index]
+        image: Array = self._pixels[index]
         size = _target(image.shape[:2], self._wanted)
         if size == image.shape[:2]:
             return image

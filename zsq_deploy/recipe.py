@@ -91,16 +91,20 @@ class ModelSection(_Section):
         min_length=1,
         description="The network: an .onnx file, an exported .pt2 file, module:callable, or timm:NAME.",
     )
-    path: str | None = Field(None, description="Folder that module:callable is imported from.")
+    path: str | None = Field(default=None, description="Folder that module:callable is imported from.")
     weights: str | None = Field(
-        None, description="Weights for module:callable: .safetensors, or .pt/.pth (never unpickled)."
+        default=None, description="Weights for module:callable: .safetensors, or .pt/.pth (never unpickled)."
     )
     input_shape: _Shapes | None = Field(
-        None, description="Shape of the input, 1x3x32x32; with several inputs a mapping from name to shape."
+        default=None, description="Shape of the input, 1x3x32x32; with several inputs a mapping from name to shape."
     )
-    mean: _Numbers | None = Field(None, description="Mean per channel of RGB (or gray) divided by 255.")
-    std: _Numbers | None = Field(None, description="Standard deviation per channel of RGB (or gray) divided by 255.")
-    raw_pixels: bool = Field(False, description="The network takes pixels 0..255 as they are; excludes mean and std.")
+    mean: _Numbers | None = Field(default=None, description="Mean per channel of RGB (or gray) divided by 255.")
+    std: _Numbers | None = Field(
+        default=None, description="Standard deviation per channel of RGB (or gray) divided by 255."
+    )
+    raw_pixels: bool = Field(
+        default=False, description="The network takes pixels 0..255 as they are; excludes mean and std."
+    )
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ModelSection:
@@ -120,48 +124,53 @@ class CalibrationSection(_Section):
     """Where the calibration images come from."""
 
     method: str = Field(
-        "zeroq",
+        default="zeroq",
         min_length=1,
         description="How images are made: zeroq, genie, fractal, gaussian, uniform, ones; bn-analytic makes none.",
     )
-    images: int = Field(256, gt=0, description="Number of images.")
-    seed: int | None = Field(None, ge=0, description="Seed of the images; run.seed if it is not given.")
+    images: int = Field(default=256, gt=0, description="Number of images.")
+    seed: int | None = Field(default=None, ge=0, description="Seed of the images; run.seed if it is not given.")
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Parameters of the method that differ from its published defaults."
     )
     device: str | None = Field(
-        None, description="Where images are made: cpu, cuda, cuda:1; by default cuda where there is one."
+        default=None, description="Where images are made: cpu, cuda, cuda:1; by default cuda where there is one."
     )
     holdout: int = Field(
-        64,
+        default=64,
         ge=0,
         description="Further images that nothing is calibrated on, for an estimate of agreement where there are no labelled data.",
     )
     set: str | None = Field(
-        None, description="Folder of a finished calibration set to use instead of making one; its last part is held out."
+        default=None,
+        description="Folder of a finished calibration set to use instead of making one; its last part is held out.",
     )
 
 
 class QuantizationSection(_Section):
     """How the network becomes an integer one."""
 
-    bits: str = Field("w8a8", pattern=r"^[wW]\d{1,2}[aA]\d{1,2}$", description="Bits of weights and activations, w8a8.")
-    ranges: str = Field(
-        "auto", min_length=1, description="How activation ranges are found: auto, minmax, percentile, entropy, mse, bn-analytic; ort-minmax, ort-entropy, ort-percentile."
+    bits: str = Field(
+        default="w8a8", pattern=r"^[wW]\d{1,2}[aA]\d{1,2}$", description="Bits of weights and activations, w8a8."
     )
-    percentile: float = Field(99.999, gt=50, le=100, description="For ranges: percentile.")
+    ranges: str = Field(
+        default="auto",
+        min_length=1,
+        description="How activation ranges are found: auto, minmax, percentile, entropy, mse, bn-analytic; ort-minmax, ort-entropy, ort-percentile.",
+    )
+    percentile: float = Field(default=99.999, gt=50, le=100, description="For ranges: percentile.")
     exact_scales: bool = Field(
-        True, description="Choose scales on which engine and reference agree bit for bit (short significands)."
+        default=True, description="Choose scales on which engine and reference agree bit for bit (short significands)."
     )
     bias_correction: bool = Field(
-        True, description="Shift biases so that every layer's mean output is that of the float network."
+        default=True, description="Shift biases so that every layer's mean output is that of the float network."
     )
-    exclude: _Names = Field((), description="Names of nodes that stay in float.")
+    exclude: _Names = Field(default=(), description="Names of nodes that stay in float.")
     op_types: _Names | None = Field(
-        None, description="Operator types to quantize; by default what the target does best."
+        default=None, description="Operator types to quantize; by default what the target does best."
     )
     search: bool = Field(
-        True, description="Build the promising choices of what to quantize and keep the best measured engine."
+        default=True, description="Build the promising choices of what to quantize and keep the best measured engine."
     )
 
 
@@ -169,56 +178,64 @@ class GatesSection(_Section):
     """Limits that the engine has to keep; the exit code is 1 when one of them is missed. Shares are written 0 to 1."""
 
     min_agreement: _Share | None = Field(
-        None, description="Least top-1 agreement with the fake-quant reference, 0.995."
+        default=None, description="Least top-1 agreement with the fake-quant reference, 0.995."
     )
-    min_float_agreement: _Share | None = Field(None, description="Least top-1 agreement with the float network.")
+    min_float_agreement: _Share | None = Field(
+        default=None, description="Least top-1 agreement with the float network."
+    )
     max_accuracy_drop: _Share | None = Field(
-        None, description="Largest loss of accuracy on labelled data; 0.01 is one point."
+        default=None, description="Largest loss of accuracy on labelled data; 0.01 is one point."
     )
-    min_speedup: float | None = Field(None, gt=0, description="Least speed-up over fp32; 2 is twice as fast.")
+    min_speedup: float | None = Field(default=None, gt=0, description="Least speed-up over fp32; 2 is twice as fast.")
     min_within_2_lsb: _Share | None = Field(
-        None, description="Least share of outputs within 2 LSB of the fake-quant reference."
+        default=None, description="Least share of outputs within 2 LSB of the fake-quant reference."
     )
-    min_integer_macs: _Share | None = Field(None, description="Least share of multiply-accumulates in integer kernels.")
+    min_integer_macs: _Share | None = Field(
+        default=None, description="Least share of multiply-accumulates in integer kernels."
+    )
     min_integer_equal: _Share | None = Field(
-        None, description="Least share of outputs that equal exact integer arithmetic."
+        default=None, description="Least share of outputs that equal exact integer arithmetic."
     )
-    min_sqnr_db: float | None = Field(None, description="Least SQNR of the outputs against float, in dB.")
-    max_latency_ms: float | None = Field(None, gt=0, description="Largest median latency at batch 1, in milliseconds.")
-    max_engine_bytes: int | None = Field(None, gt=0, description="Largest size of the engine file, in bytes.")
+    min_sqnr_db: float | None = Field(default=None, description="Least SQNR of the outputs against float, in dB.")
+    max_latency_ms: float | None = Field(
+        default=None, gt=0, description="Largest median latency at batch 1, in milliseconds."
+    )
+    max_engine_bytes: int | None = Field(default=None, gt=0, description="Largest size of the engine file, in bytes.")
 
 
 class VerificationSection(_Section):
     """What the engine is measured on, and what it has to reach."""
 
     eval_data: str | None = Field(
-        None,
+        default=None,
         description="Labelled images: an .npz file with x and y, or an image folder. Used to evaluate, for nothing else.",
     )
-    limit: int | None = Field(None, gt=0, description="Evaluate on at most this many images, spread evenly.")
-    resize: bool = Field(False, description="Scale evaluation images of another size to the network's input.")
-    gates: GatesSection = Field(default_factory=GatesSection, description="Limits that decide the exit code.")
+    limit: int | None = Field(default=None, gt=0, description="Evaluate on at most this many images, spread evenly.")
+    resize: bool = Field(default=False, description="Scale evaluation images of another size to the network's input.")
+    gates: GatesSection = Field(default=GatesSection(), description="Limits that decide the exit code.")
 
 
 class RunSection(_Section):
     """Things that are about the run and not about the result."""
 
-    threads: int | None = Field(None, gt=0, description="Threads of the engine that is measured; 1 if it is not given.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-    output: str | None = Field(None, description="Output folder.")
+    threads: int | None = Field(
+        default=None, gt=0, description="Threads of the engine that is measured; 1 if it is not given."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of everything random.")
+    output: str | None = Field(default=None, description="Output folder.")
 
 
 class Recipe(_Section):
     """One run of the main job: a network in, verified engines out."""
 
     model: ModelSection
-    calibration: CalibrationSection = Field(default_factory=CalibrationSection)
-    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
+    calibration: CalibrationSection = CalibrationSection()
+    quantization: QuantizationSection = QuantizationSection()
     targets: Annotated[_Names, Field(min_length=1)] = Field(
         ("ort-x86-vnni",), validate_default=True, description="Deployment targets; `zsq doctor` lists them."
     )
-    verification: VerificationSection = Field(default_factory=VerificationSection)
-    run: RunSection = Field(default_factory=RunSection)
+    verification: VerificationSection = VerificationSection()
+    run: RunSection = RunSection()
 
     @pydantic.model_validator(mode="after")
     def _targets_once(self) -> Recipe:
@@ -340,7 +357,8 @@ def _is_file_source(source: str) -> bool:
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        inner = _without_none(value) if isinstance(value, dict) else value
+        # a method's own parameters are the user's: null means something there
+        inner = _without_none(value) if isinstance(value, dict) and key != "parameters" else value
         if inner is not None and inner != {}:
             found[key] = inner
     return found
