@@ -216,6 +216,23 @@ def test_networks_without_classes_are_drawn(metric):
     assert "30.8" in text
 
 
+@pytest.mark.parametrize(
+    ("method", "images", "said"),
+    [
+        ("zeroq", 256, "256 calibration images were made from the network alone"),
+        ("gaussian", 64, "64 computed patterns"),
+        ("real", 32, "calibrated with 32 real images"),
+        ("bn-analytic", 0, "its ranges come from the network alone"),
+    ],
+)
+def test_the_page_says_where_the_calibration_set_came_from(method, images, said):
+    value = slim()
+    value["calibration"].update(method=method, images=images)
+    text = " ".join(Checker(render_html(parse(value))).text)
+    assert said in text
+    assert ("No training data" in text or "No image" in text) == (method != "real")
+
+
 def test_a_slow_and_large_engine_is_not_praised():
     value = slim()
     target = value["targets"]["ort-x86-vnni"]

@@ -249,6 +249,10 @@ def _intro(target: TargetSection) -> str:
     return ". ".join(parts) + ("." if parts else "")
 
 
+#: Calibration images that are computed without a look at the network.
+PATTERNS = ("gaussian", "uniform", "ones", "fractal")
+
+
 def _lead(report: Report) -> str:
     real = report.calibration.method == "real"
     images = words.count(report.calibration.images)
@@ -258,6 +262,8 @@ def _lead(report: Report) -> str:
         return (
             f"No image was used to quantize it: its ranges come from the network alone ({report.calibration.method})."
         )
+    if report.calibration.method in PATTERNS:
+        return f"No training data were used: it was calibrated with {images} computed patterns ({report.calibration.method})."
     return (
         f"No training data were used: its {images} calibration images were made from the network alone "
         f"({report.calibration.method})."
@@ -445,6 +451,7 @@ def render(report: Report, *, folder: Path | None = None) -> str:
         style=markupsafe.Markup(style),  # noqa: S704 - our own style sheet
         targets=[_target(report, name, target, index) for index, (name, target) in enumerate(report.targets.items())],
         lead=_lead(report),
+        patterns=PATTERNS,
         facts=_facts(report),
         calibration_facts=_calibration_facts(report),
         parameters=_flat(report.calibration.parameters),
