@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 SIDE = 8192
 """Bins on each side of zero; at least half of them are in use on the side of the largest magnitude."""
 
-_SMALLEST, _LARGEST = -110, 115  # 2**-e stays a normal float32, and so do the products
+_SMALLEST, _LARGEST = -120, 115  # 2**-e stays a normal float32, and so do the products
 
 
 def exponent_for(magnitude: float) -> int:
