@@ -155,6 +155,6 @@ def test_engine_unfused_file_and_twin_agree_in_every_output(seed: int, tmp_path:
 
 def test_per_tensor_weights_get_one_scale() -> None:
     graph = Graph(residual_network(1))
-    ranges = {name: (-1.0, 3.0) for name in ("image", "a", "ar", "d", "dr", "p", "s", "sr", "g", "f", "logits")}
+    ranges = dict.fromkeys(("image", "a", "ar", "d", "dr", "p", "s", "sr", "g", "f", "logits"), (-1.0, 3.0))
     found = exact_scales(graph, ranges, activation=U8, weight=Scheme(bits=8, restricted=True))
     assert found.weight_scales["w0"].size == 1

@@ -117,6 +117,12 @@ def build_engine(
             model, measured.ranges, target, trial, options=options, calibration=images.calibration, progress=progress
         )
     if settings.bias_correction:
+        if getattr(options, "widen", False):
+            # Added zero channels change nothing but speed; the correction compares layers of the network as it is.
+            plain = options.with_(widen=False)
+            engine = backend.build(
+                model, measured.ranges, target, folder / "narrow", options=plain, calibration=images.calibration
+            )
         batch = looked_at.take(0, min(BIAS_IMAGES, len(looked_at)))
         corrected: Mapping[str, np.ndarray[Any, Any]] = correct_bias(
             model.folded(),
@@ -135,6 +141,7 @@ def build_engine(
             progress=progress,
         )
         shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(folder / "narrow", ignore_errors=True)
     return Built(engine, candidates, time.monotonic() - started, tuple(notes))
 
 

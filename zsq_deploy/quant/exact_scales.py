@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zsq_deploy.model.graph import Graph, attributes
-from zsq_deploy.quant.scheme import Scheme
+from zsq_deploy.quant.scheme import Granularity, Scheme
 
 __all__ = ["ExactScales", "exact_scales", "exactly_representable", "snap_scale"]
 
@@ -49,7 +49,7 @@ class ExactScales:
 
     Attributes:
         ranges: Range of every activation, ``(-zp * s, (qmax - zp) * s)`` with ``s`` of the form above.
-        weight_scales: Scale per output channel of every weight initializer, float32 [C].
+        weight_scales: Scale per output channel of every weight initializer, float32 [C], or [1] for per-tensor weights.
         coarser: Mean factor by which activation scales grew (1.0: not at all), for the report.
         inexact: Weight initializers with channels whose requantization may still round, with the number of such channels.
     """
@@ -220,8 +220,9 @@ def exact_scales(
             continue
         source, output = str(node.input[0]), _fused_activation(graph, node.output[0])
         bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        rows = _channels_first(node.op_type, attributes(node), np.asarray(array, np.float64))
         scales, rounding = _weight_scales(
-            _channels_first(node.op_type, attributes(node), np.asarray(array, np.float64)),
+            rows if weight.granularity is Granularity.CHANNEL else rows.reshape(1, -1),
             weight,
             x=scale_of.get(source, 0.0),
             y=scale_of.get(output, 0.0),
