@@ -13,6 +13,7 @@ inside the network is compared as well.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -176,6 +177,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ort.set_default_logger_severity(3)
+    logging.disable(logging.WARNING)  # the quantizer's advice to preprocess, which was done by load_model
     print(
         f"{'engine':55s} {'outputs':>9s} {'equal share':>11s} {'max LSB':>7s} {'int':>4s} {'flt':>4s} {'ms/image':>8s}"
     )

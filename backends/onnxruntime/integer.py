@@ -193,7 +193,7 @@ class IntegerReference:
         self.path = engine.path if isinstance(engine, Engine) else Path(engine)
         self.target = target
         self.threads = threads
-        self.arithmetic = arithmetic if arithmetic is not None else arithmetic_here()
+        self.arithmetic = arithmetic if arithmetic is not None else arithmetic_here(_runtime_version())
         self.graph = optimized_graph(self.path, target)
         self.input_names: tuple[str, ...] = tuple(spec.name for spec in self.graph.inputs)
         self.output_names: tuple[str, ...] = tuple(spec.name for spec in self.graph.outputs)
@@ -374,6 +374,11 @@ class IntegerReference:
                     gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
                     return Divergence(name, node.name, _operator(node), float(different.mean()), float(np.nanmax(gap)))
         return None
+
+
+def _runtime_version() -> tuple[int, int]:
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _operator(node: onnx.NodeProto) -> str:

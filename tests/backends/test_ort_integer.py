@@ -248,6 +248,18 @@ def test_saturating_pairs_in_closed_form() -> None:
     assert int(saturating_matmul(raw, half)) == 64 * 255 * 64, "weights within -64..64 cannot saturate"
 
 
+def test_softmax_rules_of_older_runtimes() -> None:
+    """A probability of one: clamped today, wrapped to a negative code before 1.29; infinities before 1.32."""
+    one, minus = np.array([[1.0]], np.float32), -128
+    for version, expected in (((1, 32), 127), ((1, 29), 127), ((1, 28), -128)):
+        got = Arithmetic(runtime=version).softmax(one, one, np.float32(256), minus, S8)
+        assert got.item() == expected, version
+    huge = np.array([[np.finfo(np.float32).max]], np.float32)
+    for version, expected in (((1, 32), 255), ((1, 31), 7)):
+        got = Arithmetic(runtime=version).softmax(huge, huge, np.float32(256), 7, U8)
+        assert got.item() == expected, version
+
+
 @quick
 @given(seed=st.integers(0, 2**32 - 1))
 def test_saturating_pairs_equal_exact_sums_for_reduced_weights(seed: int) -> None:

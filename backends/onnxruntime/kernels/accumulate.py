@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-__all__ = ["ConvShape", "Weights", "convolve", "matmul", "saturating_matmul"]
+__all__ = ["ConvShape", "Weights", "convolve", "matmul", "saturating_matmul", "saturation_loss"]
 
 _EXACT = 1 << 24
 _BLOCK = 1 << 20  # elements of one im2col block: 4 MiB, so that it stays in the cache
@@ -97,6 +96,18 @@ def saturating_matmul(raw: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def saturation_loss(raw: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """What saturating pair sums (:func:`saturating_matmul`) give less or more than exact ones.
+
+    Zero points do not matter here: the runtime multiplies raw codes and corrects for the zero points exactly afterwards.
+
+    Args:
+        raw: ``[M, K]`` float32 holding 0..255.
+        weights: Raw signed weight codes.
+    """
+    return saturating_matmul(raw.to(torch.int32), weights.codes) - matmul(raw, weights)
+
+
 @dataclass(frozen=True)
 class ConvShape:
     """Geometry of a convolution or of a pooling window; every tuple has one entry a spatial axis."""
@@ -173,16 +184,16 @@ def convolve(
     shape: ConvShape,
     *,
     pad_value: int = 0,
-    saturating: bool = False,
+    saturation: bool = False,
 ) -> torch.Tensor:
     """The accumulator of a convolution, ``[N, out..., M]`` int32.
 
     Args:
-        x: ``[N, spatial..., C]`` float32 integers: zero point removed, or raw 0..255 codes with `saturating`.
+        x: ``[N, spatial..., C]`` float32 integers: zero point removed, or raw 0..255 codes with `saturation`.
         groups: One weight matrix ``[kernel..., C/group] x [M/group]`` a group, rows in that order.
         shape: Geometry.
         pad_value: What surrounds the input.
-        saturating: Sum pairs in saturating int16 (:func:`saturating_matmul`).
+        saturation: Return what saturating pair sums lose instead (:func:`saturation_loss`).
     """
     padded = shape.padded(x, float(pad_value))
     view = shape.windows(padded)
@@ -191,7 +202,7 @@ def convolve(
     depth = padded.shape[-1] // len(groups)
     per_group = groups[0].codes.shape[1]
     result = torch.empty(x.shape[0], *out, per_group * len(groups), dtype=torch.int32)
-    if depth == 1 and not saturating and all(len(weights.pieces) == 1 for weights in groups):
+    if depth == 1 and not saturation and all(len(weights.pieces) == 1 for weights in groups):
         return _depthwise(padded, groups, shape, result)
     taps = int(np.prod(shape.kernel))
     row_elements = int(np.prod(out[1:])) * taps * depth
@@ -199,10 +210,7 @@ def convolve(
         block = view[first:last, row:end]
         for index, weights in enumerate(groups):
             columns = block[..., index * depth : (index + 1) * depth].reshape(-1, taps * depth)
-            if saturating:
-                total = saturating_matmul(columns.to(torch.int32), weights.codes)
-            else:
-                total = matmul(columns, weights)
+            total = saturation_loss(columns, weights) if saturation else matmul(columns, weights)
             target = result[first:last, row:end, ..., index * per_group : (index + 1) * per_group]
             target.copy_(total.reshape(target.shape))
     return result
@@ -223,8 +231,3 @@ def _depthwise(padded: torch.Tensor, groups: Sequence[Weights], shape: ConvShape
         assert total is not None
         result[first : first + images] = total.to(torch.int32)
     return result
-
-
-def as_rows(codes: npt.NDArray[np.int32]) -> torch.Tensor:
-    """A contiguous int32 tensor of a numpy array."""
-    return torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int32))

@@ -63,10 +63,12 @@ class Arithmetic:
         name: For reports.
         saturating_pairs: Products of u8 activations with s8 weights are summed in pairs in saturating int16 before they enter
             the int32 accumulator (``vpmaddubsw``), as on x86 without VNNI. False: exact sums (``vpdpbusd``).
+        runtime: Major and minor version of the runtime, where a rule changed between versions (QLinearSoftmax).
     """
 
     name: str = "x86-64"
     saturating_pairs: bool = False
+    runtime: tuple[int, int] = (1, 32)
 
     def multiplier(self, a_scale: Array | Any, b_scale: Array | Any, y_scale: Array | Any) -> npt.NDArray[np.float32]:
         """The factor of a requantization, ``f(f(sa * sb) / sy)``; `b_scale` may hold one value a channel."""
@@ -144,6 +146,30 @@ class Arithmetic:
         product = (qa[:, None] * qb[None, :]).astype(F32)
         return _saturate(product * ratio + F32(zy), dtype)
 
+    def softmax(
+        self, value: Array, total: Array, inverse_scale: np.float32, zero_point: int, dtype: npt.DTypeLike
+    ) -> Array:
+        """Codes of ``value / total``, both float32: ``sat(rint(value * Y / total) + zy)``.
+
+        The quotient is formed in float64 from ONNX Runtime 1.32 on. Before, it was float32, where ``value * Y`` may overflow for
+        rows of a few elements; an infinity becomes the most negative int32, whose last byte is 0. Signed codes were not clamped
+        before 1.29: a result above 127 wraps to a negative code.
+        """
+        limits = np.iinfo(np.dtype(dtype))
+        if self.runtime >= (1, 32):
+            exact = np.rint(value.astype(np.float64) * np.float64(inverse_scale) / total) + zero_point
+            return np.asarray(np.minimum(exact, limits.max).astype(np.int32).astype(dtype))
+        with np.errstate(over="ignore", invalid="ignore"):
+            ratio = np.rint(value * inverse_scale / total)
+        finite = np.isfinite(ratio)
+        if limits.min == 0:
+            return np.asarray(np.minimum(np.where(finite, ratio, 0) + zero_point, 255).astype(np.int32).astype(dtype))
+        whole = np.where(finite, np.minimum(ratio, F32(2.0**30)), F32(-(2.0**31))).astype(np.int64) + zero_point
+        whole = (whole + 2**31) % 2**32 - 2**31
+        if self.runtime >= (1, 29):
+            return np.asarray(np.clip(whole, limits.min, limits.max).astype(dtype))
+        return np.asarray(np.where(whole > 255, -1, whole).astype(dtype))
+
     def average_multiplier(self, x_scale: Any, y_scale: Any, count: int) -> np.float32:
         """The factor of a global average pool, ``f(sx / f(sy * count))``."""
         return F32(F32(x_scale) / F32(F32(y_scale) * F32(count)))
@@ -205,11 +231,11 @@ def arithmetic_for(target: Target, *, saturating_pairs: bool | None = None) -> A
     return Arithmetic(saturating_pairs=saturating_pairs)
 
 
-def arithmetic_here() -> Arithmetic:
+def arithmetic_here(runtime: tuple[int, int] = (1, 32)) -> Arithmetic:
     """The rules of this machine's CPU: what an engine computes *here*, whatever target it was built for."""
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return Arm64Arithmetic()
-    return Arithmetic(saturating_pairs=not _has_vnni())
+        return Arm64Arithmetic(runtime=runtime)
+    return Arithmetic(saturating_pairs=not _has_vnni(), runtime=runtime)
 
 
 def _has_vnni() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,49 +35,37 @@ def add_bias(accumulator: torch.Tensor, bias: Array | None) -> torch.Tensor:
     return accumulator + torch.from_numpy(bias.astype(np.int32))
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Weights of all groups, and their column sums for the saturating mode."""
-
-    groups: tuple[Weights, ...]
-    sums: torch.Tensor
-
-
 class _Conv(Kernel):
     """What all integer convolutions share: weights, geometry, accumulation."""
 
-    def _prepare(self, w: Array, zero_point: Array | None, largest: int) -> _Prepared:
+    def _prepare(self, w: Array, zero_point: Array | None) -> tuple[Weights, ...]:
+        """One matrix a group: ``[M, C/group, kernel...]`` becomes ``[kernel..., C/group] x [M/group]``."""
         group = int(self.node.attrs.get("group", 1))
         zero = np.zeros(1, np.int32) if zero_point is None else zero_point.reshape(-1).astype(np.int32)
         centred = w.astype(np.int32) - zero.reshape(-1, *([1] * (w.ndim - 1)))
-        out_channels = w.shape[0]
-        # [M, C/group, kernel...] -> per group [kernel..., C/group, M/group]
         ordered = np.moveaxis(centred, [0, 1], [-1, -2])
-        rows = torch.from_numpy(np.ascontiguousarray(ordered.reshape(-1, out_channels)))
-        width = out_channels // group
-        groups = tuple(
-            Weights.prepare(rows[:, g * width : (g + 1) * width].contiguous(), largest) for g in range(group)
-        )
-        return _Prepared(groups, rows.sum(0, dtype=torch.int64).to(torch.int32))
+        rows = torch.from_numpy(np.ascontiguousarray(ordered.reshape(-1, w.shape[0])))
+        width = w.shape[0] // group
+        return tuple(Weights.prepare(rows[:, g * width : (g + 1) * width].contiguous(), 255) for g in range(group))
 
     def _accumulate(
         self, x: Array, x_zero: int, w: Array, w_zero: Array | None, *, indices: tuple[int, int]
     ) -> torch.Tensor:
-        """The accumulator ``[N, out..., M]`` for ``[N, spatial..., C]`` codes."""
-        prepared: _Prepared = self.fixed("weights", indices, lambda: self._prepare(w, w_zero, 255))
+        """The accumulator ``[N, out..., M]`` for ``[N, spatial..., C]`` codes.
+
+        Saturating pairs concern u8 activations with s8 weights in fused convolutions; a depthwise one with one output a channel
+        has a kernel of its own that sums exactly, and so does ConvInteger.
+        """
+        groups: tuple[Weights, ...] = self.fixed("weights", indices, lambda: self._prepare(w, w_zero))
         shape = geometry(self.node, x.shape[1:-1], w.shape[2:])
-        codes = torch.from_numpy(np.ascontiguousarray(x))
-        depthwise = w.shape[1] == 1
-        signed_weights = w.dtype == np.int8 and (w_zero is None or not np.any(w_zero))
-        if self.arithmetic.saturating_pairs and signed_weights and not depthwise:
-            shift = 128 if x.dtype == np.int8 else 0
-            raw = codes.to(torch.float32).add_(shift)
-            total = convolve(raw, prepared.groups, shape, pad_value=x_zero + shift, saturating=True)
-            return total - (x_zero + shift) * prepared.sums
-        centred = codes.to(torch.float32)
-        if x_zero:
-            centred.sub_(x_zero)
-        return convolve(centred, prepared.groups, shape)
+        codes = torch.from_numpy(np.ascontiguousarray(x)).to(torch.float32)
+        total = convolve(codes - x_zero if x_zero else codes, groups, shape)
+        depthwise = w.shape[1] == 1 and w.shape[0] == len(groups)
+        pairs = self.arithmetic.saturating_pairs and self.node.proto.op_type == "QLinearConv" and not depthwise
+        if pairs and x.dtype == np.uint8 and w.dtype == np.int8:
+            raw: tuple[Weights, ...] = self.fixed("raw", indices, lambda: self._prepare(w, None))
+            total += convolve(codes, raw, shape, pad_value=x_zero, saturation=True)
+        return total
 
 
 @kernel("QLinearConv", "com.microsoft.QLinearConv")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from zsq_deploy.backends.onnxruntime.kernels.accumulate import Weights, matmul, saturating_matmul
+from zsq_deploy.backends.onnxruntime.kernels.accumulate import Weights, matmul, saturation_loss
 from zsq_deploy.backends.onnxruntime.kernels.base import Array, Inputs, Kernel, kernel, need, scalar
 from zsq_deploy.backends.onnxruntime.kernels.conv import add_bias
 from zsq_deploy.errors import EngineError
@@ -48,20 +48,20 @@ class _MatMul(Kernel):
                 f"{node.name} has {zero.size} zero points for {rows} rows", where=node.proto.name, remedy="use one"
             )
         zero_rows = torch.from_numpy(np.broadcast_to(zero.reshape(-1, 1), (rows, 1)).copy())
-        saturating = self.arithmetic.saturating_pairs and b.dtype == np.int8 and (b_zero is None or not np.any(b_zero))
-        shift = 128 if a.dtype == np.int8 else 0
+        # The runtime multiplies raw codes and corrects for zero points exactly, so saturation looks at raw codes.
+        saturating = self.arithmetic.saturating_pairs and a.dtype == np.uint8 and b.dtype == np.int8
+        raw: list[Weights] = self.fixed(f"raw {key}", indices, lambda: self._weights(b, None)) if saturating else []
 
-        def product(x: torch.Tensor, matrix: Weights, zeros: torch.Tensor) -> torch.Tensor:
-            if saturating:
-                total = saturating_matmul(x.to(torch.int32) + shift, matrix.codes)
-                return total - (zeros + shift) * matrix.codes.sum(0, dtype=torch.int64).to(torch.int32)
-            return matmul(x.to(torch.float32) - zeros, matrix)
+        def product(x: torch.Tensor, index: int, zeros: torch.Tensor) -> torch.Tensor:
+            values = x.to(torch.float32)
+            total = matmul(values - zeros, weights[index])
+            return total + saturation_loss(values, raw[index]) if saturating else total
 
         if len(weights) == 1:  # one matrix for all: one large product
-            everything = product(codes.reshape(-1, depth), weights[0], zero_rows.repeat(codes.shape[0], 1))
+            everything = product(codes.reshape(-1, depth), 0, zero_rows.repeat(codes.shape[0], 1))
             result = everything.reshape(codes.shape[0], rows, columns)[torch.from_numpy(left.copy())]
         else:
-            result = torch.stack([product(codes[i], weights[j], zero_rows) for i, j in zip(left, right, strict=True)])
+            result = torch.stack([product(codes[i], int(j), zero_rows) for i, j in zip(left, right, strict=True)])
         result = result.reshape(*batch, rows, columns)
         if squeeze_columns:
             result = result.squeeze(-1)

@@ -27,7 +27,8 @@ def exponential_table(x_scale: np.float32, length: int) -> Array:
 
 @kernel("com.microsoft.QLinearSoftmax")
 class QLinearSoftmax(Kernel):
-    """``y = min(rint(e * Y / S) + zy, qmax)`` with ``e = table[255 - max(q) + q]``; the quotient is formed in float64.
+    """``y = min(rint(e * Y / S) + zy, qmax)`` with ``e = table[255 - max(q) + q]``; see :meth:`Arithmetic.softmax`
+    for how the quotient is formed.
 
     S is the float32 sum of the row's ``e``, one addition after another; ``Y = floor(f(1 / sy))``: the output's scale is
     *truncated to the inverse of an integer*, which is exact only for the usual 1/256.
@@ -52,7 +53,5 @@ class QLinearSoftmax(Kernel):
         index += 255 - index.max(axis=1, keepdims=True)
         value = np.take(table, index)
         total = np.cumsum(value, axis=1, dtype=F32)[:, -1:]
-        limits = np.iinfo(q.dtype)
-        ratio = np.rint(value.astype(np.float64) * np.float64(scale) / total)
-        y = np.minimum(ratio + zero, limits.max).astype(np.int32).astype(q.dtype)
+        y = self.arithmetic.softmax(value, total, scale, zero, q.dtype)
         return [y.reshape(q.shape) if old else np.ascontiguousarray(np.swapaxes(y.reshape(moved.shape), axis, -1))]
