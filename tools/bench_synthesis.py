@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.parts import native
@@ -48,6 +49,7 @@ class Plain:
             start = batch_generator(seed, "images", 0)
             self.latent = LatentImages(shape, start)
             self.latent.network.to(memory_format=torch.contiguous_format)
+            self.latent.network.forward = self.generate  # type: ignore[method-assign]
             self.optimisers = [
                 torch.optim.Adam([self.latent.latents], lr=0.1),
                 torch.optim.Adam(self.latent.network.parameters(), lr=0.01),
@@ -56,6 +58,16 @@ class Plain:
     def images(self) -> Tensor:
         """The batch, with gradients."""
         return self.pixels if self.method == "zeroq" else self.latent.images().contiguous()
+
+    def generate(self, latents: Tensor) -> Tensor:
+        """The generator as it is published: enlarge, then convolve."""
+        parts = self.latent.network
+        x = parts.first_norm(parts.linear(latents).view(-1, *parts.seed_shape))
+        for index, conv in enumerate(parts.convs):
+            x = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+            if index < len(parts.norms):
+                x = F.leaky_relu(parts.norms[index](x), 0.2)
+        return F.batch_norm(torch.tanh(x)[:, :, : parts.size[0], : parts.size[1]], None, None, training=True)
 
     def loss(self, images: Tensor) -> Tensor:
         """The paper's loss."""

@@ -15,6 +15,9 @@ Deliberate deviations:
   smoothed loss has not fallen by `stop_threshold` for `stop_patience` steps (0: never); the manifest says at which step;
 * images are clipped to valid pixels inside the loop (``clip``), so that the loss is that of the images that come out;
 * the epsilon under the observed root is the stored one's (the release has none, and its gradient is infinite for a constant channel);
+* up to 64 pixels the generator is the published one, which starts from a map of a quarter of the image size. For larger images, where that
+  generator would cost many times what the network does, it starts from at most 16 x 16 and doubles more often, with half the channels each time
+  (``upsamplings=2``: the published generator at any size);
 * sizes that are no multiple of 4 are generated rounded up and cut;
 * "mean 0 and standard deviation 1" holds in the space where natural images have them (see :class:`~zsq_deploy.calib.parts.priors.InputSpace`).
 """
@@ -54,7 +57,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "generator_rate": 0.01,
         "patience": 100,
         "latent": 256,
-        "upsamplings": 2,
+        "upsamplings": 0,
         "swing": 1,
         "batch_size": 128,
         "stop_patience": 200,

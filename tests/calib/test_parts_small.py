@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from zsq_deploy.calib.parts.parametrisations import ImageGenerator, LatentImages, Pixels
+from zsq_deploy.calib.parts.parametrisations import ImageGenerator, LatentImages, Pixels, upsampled_conv
 from zsq_deploy.calib.parts.priors import NATURAL_MEAN, NATURAL_STD, InputSpace, total_variation
 from zsq_deploy.calib.parts.recipe import resolve
 from zsq_deploy.calib.parts.schedules import EarlyStop, Exponential, Plateau, ScheduleState
@@ -153,6 +153,38 @@ def test_generator_makes_standardised_images_of_any_size(
     assert made.shape == (9, channels, height, width)
     torch.testing.assert_close(made.mean((0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
     torch.testing.assert_close(made.std((0, 2, 3), correction=0), torch.ones(channels), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (1, 3), (5, 2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_upsampled_convolution_is_the_convolution_of_the_upsampled(
+    height: int, width: int, layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, height, width, dtype=torch.float64, generator=generator).contiguous(memory_format=layout)
+    weight = torch.randn(5, 6, 3, 3, dtype=torch.float64, generator=generator)
+    bias = torch.randn(5, dtype=torch.float64, generator=generator)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    got = upsampled_conv(x, weight, bias)
+    torch.testing.assert_close(got, expected)
+    toward = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad((got * toward).sum(), inputs),
+        torch.autograd.grad((expected * toward).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_open_number_of_upsamplings_keeps_the_seed_small() -> None:
+    small, large = (
+        ImageGenerator(3, side, side, torch.Generator().manual_seed(3), latent=4, upsamplings=0) for side in (32, 224)
+    )
+    assert small.seed_shape == (128, 8, 8)
+    assert large.seed_shape == (128, 14, 14)
+    assert [conv.out_channels for conv in large.convs] == [64, 32, 16, 3]
+    assert large(torch.randn(2, 4)).shape == (2, 3, 224, 224)
 
 
 def test_generator_starts_like_torchs_layers() -> None:
