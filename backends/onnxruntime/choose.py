@@ -23,6 +23,7 @@ from zsq_deploy.backends.onnxruntime.prepare import prepare
 from zsq_deploy.backends.onnxruntime.proof import kernels
 from zsq_deploy.backends.onnxruntime.quantizer import build
 from zsq_deploy.backends.onnxruntime.runner import OrtRunner, missing_features
+from zsq_deploy.backends.onnxruntime.widen import could_widen
 from zsq_deploy.errors import CalibrationError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.progress import SILENT, Progress
@@ -110,7 +111,7 @@ def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -
         return [base]
     present = {node.op_type for node in graph}
     found = [base.with_(label="wide")]
-    if not base.widen and any("channel" in line for line in prepare(graph, widen=True).rewrites):
+    if not base.widen and could_widen(prepare(graph).graph):
         base = base.with_(widen=True)
         found.append(base.with_(label="widened"))
     if present & set(LOSSY_OPS):
@@ -132,9 +133,9 @@ def _distinct(graph: Graph, options: Sequence[BuildOptions]) -> list[BuildOption
     """Only those that quantize other nodes, or in another way, than one before."""
     kept: dict[Any, BuildOptions] = {}
     for option in options:
-        prepared = prepare(graph, widen=option.widen)
+        prepared = prepare(graph)
         placement = place(prepared.graph, option)
-        key = (placement.nodes, prepared.graph.digest, option.float_readers, option.mac_outputs)
+        key = (placement.nodes, option.widen, option.float_readers, option.mac_outputs)
         kept.setdefault(key, option)
     return list(kept.values())
 

@@ -162,8 +162,6 @@ def place(graph: Graph, options: BuildOptions) -> Placement:
         before = any(
             (maker := graph.producer(name)) is not None and maker.name in chosen for name in node.input if name
         )
-        # Padding the input's codes is cheaper than padding its floats.
-        before = before or (node.op_type == "Pad" and graph.producer(node.input[0]) is None)
         after = any(reader.name in chosen for name in node.output for reader in graph.consumers(name))
         after = after or (options.quantize_outputs and any(graph.is_output(name) for name in node.output))
         return before and after

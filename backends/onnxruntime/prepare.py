@@ -17,7 +17,6 @@ import onnx
 from onnx import helper, numpy_helper
 
 from zsq_deploy.backends.onnxruntime.editing import Editor
-from zsq_deploy.backends.onnxruntime.widen import widen as widen_channels
 from zsq_deploy.errors import ModelError
 from zsq_deploy.model.graph import Graph, attributes
 
@@ -350,13 +349,8 @@ def _drop_unused(proto: onnx.ModelProto) -> None:
     del proto.graph.value_info[:]
 
 
-def prepare(graph: Graph, *, widen: bool = False) -> Prepared:
+def prepare(graph: Graph) -> Prepared:
     """Rewrite a float graph (batch norm folded) into the form that ONNX Runtime quantizes best.
-
-    Args:
-        graph: The graph.
-        widen: Also add zero channels where the integer kernels want round numbers (see
-            :mod:`zsq_deploy.backends.onnxruntime.widen`).
 
     Raises:
         ModelError: The rewritten graph is not a valid ONNX model (a bug of this module; the message says where).
@@ -366,8 +360,6 @@ def prepare(graph: Graph, *, widen: bool = False) -> Prepared:
         while rewrite(edit):
             edit.refresh()
         edit.refresh()
-    if widen:
-        widen_channels(edit)
     _drop_unused(edit.proto)
     try:
         onnx.checker.check_model(edit.proto)

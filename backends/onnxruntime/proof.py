@@ -102,8 +102,8 @@ def kernels(
     records = []
     for name, (args, times) in executed.items():
         op = str(args.get("op_name", ""))
-        node = graph.node(name) if name in graph else None
-        origin = _origin(name, node, graph, source, by_weight)
+        node = graph.node(name) if name in graph else graph.producer(name)  # nodes without a name go by their output
+        origin = _origin(name, op, node, source, by_weight)
         integer = _is_integer(op, args)
         reason = ""
         if not integer:
@@ -180,31 +180,34 @@ def _weight_readers(source: Graph) -> dict[str, onnx.NodeProto]:
 
 def _origin(
     name: str,
+    op: str,
     node: onnx.NodeProto | None,
-    graph: Graph,
     source: Graph,
     by_weight: Mapping[str, onnx.NodeProto],
 ) -> onnx.NodeProto | None:
     """The node of the engine's graph that an executed node stands for."""
-    del graph
-    if name in source:
-        return source.node(name)
     stem = _SUFFIX.sub("", name)
-    if stem in source:
-        return source.node(stem)
+    for candidate in (name, stem):
+        if candidate in source:
+            found = source.node(candidate)
+            before = source.producer(found.input[0]) if found.input else None
+            fused = op in _CONVOLUTIONS or op in _PRODUCTS
+            return before if fused and before is not None and found.op_type in ("Relu", "Clip") else found
     if node is not None:
         for value in node.input:
             if value in by_weight:
                 return by_weight[value]
-        for value in node.output:
-            maker = source.producer(value) or source.producer(_SUFFIX.sub("", value))
-            while maker is not None and maker.op_type in ("QuantizeLinear", "Relu", "Clip"):
-                before = source.producer(maker.input[0])
-                if before is None or before.op_type == "DequantizeLinear":
-                    break
-                maker = before
-            if maker is not None:
-                return maker
+    # Blocked-layout nodes carry the name of the value that they make.
+    values = [stem, *(() if node is None else (_SUFFIX.sub("", value) for value in node.output))]
+    for value in values:
+        maker = source.producer(value)
+        while maker is not None and maker.op_type in ("QuantizeLinear", "Relu", "Clip"):
+            before = source.producer(maker.input[0])
+            if before is None or before.op_type == "DequantizeLinear":
+                break
+            maker = before
+        if maker is not None:
+            return maker
     return None
 
 

@@ -32,6 +32,7 @@ from zsq_deploy.backends.onnxruntime.placement import Placement, place
 from zsq_deploy.backends.onnxruntime.prepare import Prepared, prepare, replace_initializers
 from zsq_deploy.backends.onnxruntime.targets import weight_limit
 from zsq_deploy.backends.onnxruntime.tidy import tidy
+from zsq_deploy.backends.onnxruntime.widen import widen
 from zsq_deploy.errors import CalibrationError, EngineError, StaleArtifactError, UsageError
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.progress import SILENT, Progress
@@ -65,7 +66,7 @@ def build(
         progress: Watches.
 
     Returns:
-        The engine. Its Q/DQ graph and the file that runs are the same.
+        The engine. Its Q/DQ graph and the file that runs are the same, unless zero channels were added to the latter.
 
     Raises:
         StaleArtifactError: Ranges, set or a cache in `folder` belong to another model.
@@ -88,7 +89,7 @@ def build(
         _save(folded.proto, float_path)
         task.advance(step="prepare")
         corrected = replace_initializers(folded, options.biases, options.weights)
-        prepared = prepare(corrected, widen=options.widen)
+        prepared = prepare(corrected)
         placement = place(prepared.graph, options)
         task.advance(step="ranges")
         if isinstance(ranges, str):
@@ -110,6 +111,15 @@ def build(
         task.advance(step="quantize_static")
         engine_path = folder / "engine.onnx"
         proto = quantize_graph(prepared, placement, found, cache, target, options)
+        added: tuple[str, ...] = ()
+        qdq_path = engine_path
+        if options.widen:
+            wide, added = widen(proto)
+            if added:
+                # The graph without the added channels says what is computed, under the names and in the shapes of the network.
+                qdq_path = folder / "qdq.onnx"
+                _save(proto, qdq_path)
+                proto = wide
         _save(proto, engine_path)
         choices = {
             **options.describe(),
@@ -118,7 +128,7 @@ def build(
             "set_digest": binding["set_digest"],
             "nodes_quantized": len(placement.nodes),
             "float_nodes": dict(placement.skipped),
-            "rewrites": list(prepared.rewrites),
+            "rewrites": [*prepared.rewrites, *added],
             "activation_steps_grew_by": growth,
         }
         write_json(
@@ -128,6 +138,7 @@ def build(
                 "target": target.name,
                 "model": {"name": model.name, "digest": model.digest},
                 "engine": {"file": engine_path.name, "sha256": digest_file(engine_path)},
+                "qdq": {"file": qdq_path.name, "sha256": digest_file(qdq_path)},
                 "float": {"file": float_path.name, "sha256": digest_file(float_path)},
                 "cache": binding,
                 "choices": choices,
@@ -140,7 +151,7 @@ def build(
             },
         )
         task.advance(step="done")
-    return Engine(path=engine_path, qdq_path=engine_path, target=target, float_path=float_path, choices=choices)
+    return Engine(path=engine_path, qdq_path=qdq_path, target=target, float_path=float_path, choices=choices)
 
 
 def _own_calibrators(model: Any, method: str, folded: Graph, calibration: Any, progress: Progress) -> Any:
@@ -335,15 +346,17 @@ def _weight_overrides(
 def _empty_scale(
     graph: Graph, node: onnx.NodeProto, found: Mapping[str, tuple[float, float]], scales: Array, empty: Array
 ) -> Array:
-    """Scales for channels whose weights are all zero: fine enough for the bias, far from int32 overflow."""
+    """Scales for channels whose weights are all zero: the bias alone decides, it becomes a code of about 2**20."""
     usual = float(np.median(scales[~empty])) if (~empty).any() else 1.0
     result = np.full(scales.shape, usual)
     bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
     if bias is not None and bias.size == scales.size:
         low, high = found.get(node.input[0], (0.0, 1.0))
         step = max((max(high, 0.0) - min(low, 0.0)) / 255, 1e-30)
-        result = np.maximum(result, np.abs(bias.reshape(-1).astype(np.float64)) / (step * 2.0**28))
-    return np.maximum(result, float(np.finfo(np.float32).tiny))
+        fine = np.abs(bias.reshape(-1).astype(np.float64)) / (step * 2.0**20)
+        result = np.where(fine > 0, fine, result)
+    floored: Array = np.maximum(result, float(np.finfo(np.float32).tiny))
+    return floored
 
 
 def _mse_scales(weight: Array, axis: int, target: Target, fallback: Array) -> Array:

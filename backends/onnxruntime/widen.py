@@ -2,10 +2,11 @@
 
 On x86 the fast integer convolution needs input channels in fours and output channels in sixteens, and the depthwise one works on sixteen
 channels at a time; everything else takes a path that copies pixel by pixel. A first layer of 3 -> 8 channels, padded to 4 -> 16, runs
-at nearly twice the speed although it computes more. Zero weights and zero biases make the rewrite exact, also in integers: an added
-channel holds the zero point, and its readers multiply it by zero.
+at nearly twice the speed although it computes more.
 
-Values that gain channels get new names (``<name>__wide``), because they no longer have the shape that the old name promises.
+The rewrite works on the quantized graph and is exact there: codes of added weights and biases are 0, so an added channel holds the zero
+point, and its readers multiply that (minus the zero point) by 0. The engine gives the same integers as the graph it was made from,
+which stays beside it as the description of what is computed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import onnx
 from onnx import helper
 
 from zsq_deploy.backends.onnxruntime.editing import Editor
-from zsq_deploy.model.graph import attributes
+from zsq_deploy.model.graph import Graph, attributes
 
-__all__ = ["widen"]
+__all__ = ["could_widen", "widen"]
 
 _IN, _OUT = 4, 16
 _LARGEST = 64  # beyond this many channels the leftover of a round number is a small share
@@ -30,48 +31,97 @@ def _up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _kind(edit: Editor, node: onnx.NodeProto) -> str:
-    """``dense``, ``depthwise`` or empty (not a two-dimensional convolution with constant weights, or grouped)."""
+def _codes(graph: Graph, value: str) -> str | None:
+    """Name of the constant behind a weight or bias: itself, or what its DequantizeLinear reads."""
+    if graph.constant(value) is not None:
+        return value
+    maker = graph.producer(value)
+    if maker is not None and maker.op_type == "DequantizeLinear" and graph.constant(maker.input[0]) is not None:
+        return str(maker.input[0])
+    return None
+
+
+def _shape(graph: Graph, node: onnx.NodeProto) -> tuple[int, ...] | None:
+    """Shape of a two-dimensional convolution's constant weights, or ``None``."""
     if node.op_type != "Conv":
+        return None
+    name = _codes(graph, node.input[1])
+    array = graph.constant(name) if name else None
+    return array.shape if array is not None and array.ndim == 4 else None
+
+
+def _kind(graph: Graph, node: onnx.NodeProto) -> str:
+    """``dense``, ``depthwise``, or empty for anything else."""
+    shape = _shape(graph, node)
+    if shape is None:
         return ""
-    weight = edit.graph.constant(node.input[1])
-    if weight is None or weight.ndim != 4:
-        return ""
-    if len(node.input) > 2 and node.input[2] and edit.graph.constant(node.input[2]) is None:
-        return ""
-    group = int(attributes(node).get("group", 1))
+    group = _group(node)
     if group == 1:
         return "dense"
-    return "depthwise" if group == weight.shape[0] and weight.shape[1] == 1 else ""
+    return "depthwise" if group == shape[0] and shape[1] == 1 else ""
+
+
+def _group(node: onnx.NodeProto) -> int:
+    return int(attributes(node).get("group", 1))
+
+
+def could_widen(graph: Graph) -> bool:
+    """Whether a (float or quantized) graph has convolutions that the rewrite might serve."""
+    for node in graph:
+        kind, shape = _kind(graph, node), _shape(graph, node)
+        if shape is None or not kind:
+            continue
+        if kind == "depthwise" and shape[0] % _OUT and shape[0] <= _LARGEST:
+            return True
+        if kind == "dense" and shape[2] * shape[3] > 1:
+            odd_inputs = shape[1] % _IN != 0 and shape[1] <= _MOST_PADDED_INPUTS
+            odd_outputs = shape[0] % _OUT != 0 and shape[0] <= _LARGEST
+            if odd_inputs or odd_outputs:
+                return True
+    return False
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One convolution whose output gains channels."""
+    """One quantized convolution whose output gains channels, and the nodes that pass them on."""
 
     conv: onnx.NodeProto
-    passed: tuple[onnx.NodeProto, ...]  # activations between it and its readers
+    passed: tuple[onnx.NodeProto, ...]  # activations, QuantizeLinear, DequantizeLinear
     readers: tuple[onnx.NodeProto, ...]
+
+
+def _quantized(graph: Graph, conv: onnx.NodeProto) -> bool:
+    """Whether weights and bias are constant codes behind DequantizeLinear, and the input comes out of one."""
+    makers = [graph.producer(name) for name in conv.input if name]
+    return all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers) and all(
+        _codes(graph, name) is not None for name in list(conv.input)[1:] if name
+    )
 
 
 def _closure(edit: Editor, conv: onnx.NodeProto) -> list[_Step] | None:
     """Everything that has to change so that a convolution may give more channels; ``None`` if something else reads them."""
-    weight = edit.graph.constant(conv.input[1])
-    assert weight is not None
-    value, passed = conv.output[0], []
+    graph = edit.graph
+    if not _quantized(graph, conv):
+        return None
+    value = conv.output[0]
+    passed: list[onnx.NodeProto] = []
     while True:
         reader = edit.sole_consumer(value)
-        if reader is None or reader.op_type not in ("Relu", "Clip") or reader.input[0] != value:
+        if reader is None or reader.input[0] != value:
+            break
+        if reader.op_type not in ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear"):
             break
         passed.append(reader)
         value = reader.output[0]
-    readers = tuple(edit.graph.consumers(value))
-    if edit.graph.is_output(value) or not readers:
+    if not passed or passed[-1].op_type != "DequantizeLinear":
+        return None
+    readers = tuple(graph.consumers(value))
+    if graph.is_output(value) or not readers:
         return None
     steps = [_Step(conv, tuple(passed), readers)]
     for reader in readers:
-        kind = _kind(edit, reader)
-        if reader.input[0] != value or not kind or value in list(reader.input)[1:]:
+        kind = _kind(graph, reader)
+        if not kind or reader.input[0] != value or value in list(reader.input)[1:] or not _quantized(graph, reader):
             return None
         if kind == "depthwise":
             further = _closure(edit, reader)
@@ -81,105 +131,113 @@ def _closure(edit: Editor, conv: onnx.NodeProto) -> list[_Step] | None:
     return steps
 
 
-def _rename(edit: Editor, value: str, nodes: list[onnx.NodeProto]) -> None:
-    fresh = edit.fresh(f"{value}__wide")
-    edit.aliases[fresh] = edit.aliases.get(value, value)
-    for node in nodes:
-        for slot, name in enumerate(node.input):
-            if name == value:
-                node.input[slot] = fresh
-        for slot, name in enumerate(node.output):
-            if name == value:
-                node.output[slot] = fresh
-
-
-def _pad_axis(edit: Editor, node: onnx.NodeProto, slot: int, axis: int, size: int) -> None:
+def _pad_constant(edit: Editor, node: onnx.NodeProto, slot: int, axis: int, size: int, fill: float | None = 0) -> None:
+    """Give a constant input more entries along an axis: `fill`, or the last entry again."""
     array = edit.graph.constant(node.input[slot])
-    assert array is not None
+    if array is None or array.ndim <= axis or array.size <= 1:
+        return
     room = [(0, 0)] * array.ndim
     room[axis] = (0, size - array.shape[axis])
-    node.input[slot] = edit.reshaped(node.input[slot], np.pad(array, room))
+    wide = np.pad(array, room, mode="edge") if fill is None else np.pad(array, room, constant_values=fill)
+    node.input[slot] = edit.add_initializer(f"{node.input[slot]}__wide", wide)
+
+
+def _pad_channels(edit: Editor, dequantize: onnx.NodeProto, axis: int, size: int, *, own_scales: bool) -> None:
+    """Pad codes with 0 along an axis; scales and zero points too, if they belong to that axis."""
+    _pad_constant(edit, dequantize, 0, axis, size)
+    if own_scales:
+        _pad_constant(edit, dequantize, 1, 0, size, None)
+        if len(dequantize.input) > 2 and dequantize.input[2]:
+            _pad_constant(edit, dequantize, 2, 0, size)
 
 
 def _wider_outputs(edit: Editor) -> bool:
-    for conv in edit.graph:
-        if _kind(edit, conv) != "dense":
-            continue
-        weight = edit.graph.constant(conv.input[1])
-        assert weight is not None
-        outputs = weight.shape[0]
-        if outputs % _OUT == 0 or outputs > _LARGEST:
+    graph = edit.graph
+    for conv in graph:
+        shape = _shape(graph, conv)
+        if shape is None or _kind(graph, conv) != "dense" or shape[0] % _OUT == 0 or shape[0] > _LARGEST:
             continue
         steps = _closure(edit, conv)
-        if steps is None:
-            continue
-        feeds_depthwise = len(steps) > 1
-        if weight.shape[2] * weight.shape[3] == 1 and not feeds_depthwise:
-            continue
-        wide = _up(outputs, _OUT)
+        if steps is None or (shape[2] * shape[3] == 1 and len(steps) == 1):
+            continue  # 1x1 convolutions have a fast path for any number of channels
+        wide = _up(shape[0], _OUT)
         for step in steps:
-            _pad_axis(edit, step.conv, 1, 0, wide)
-            if len(step.conv.input) > 2 and step.conv.input[2]:
-                _pad_axis(edit, step.conv, 2, 0, wide)
-            if _kind_of_group(step.conv) > 1:
+            for slot, name in enumerate(step.conv.input):
+                maker = graph.producer(name) if slot and name else None
+                if maker is not None:
+                    _pad_channels(edit, maker, 0, wide, own_scales=True)
+            if _group(step.conv) > 1:
                 kept = [one for one in step.conv.attribute if one.name != "group"]
                 del step.conv.attribute[:]
                 step.conv.attribute.extend([*kept, helper.make_attribute("group", wide)])
             for reader in step.readers:
-                if _kind_of_group(reader) == 1:
-                    _pad_axis(edit, reader, 1, 1, wide)
-            chain = [step.conv, *step.passed]
-            for node, following in zip(chain, [[one] for one in step.passed] + [list(step.readers)], strict=True):
-                _rename(edit, node.output[0], [node, *following])
-            edit.refresh()
-        edit.log.append(f"{conv.name} gives {wide} channels instead of {outputs} (the added ones are zero)")
+                maker = graph.producer(reader.input[1])
+                if _group(reader) == 1 and maker is not None:
+                    _pad_channels(edit, maker, 1, wide, own_scales=False)
+            _rename_outputs(edit, [step.conv, *step.passed])
+        edit.log.append(f"{conv.name} gives {wide} channels instead of {shape[0]} (the added ones are zero)")
         return True
     return False
 
 
-def _kind_of_group(node: onnx.NodeProto) -> int:
-    return int(attributes(node).get("group", 1))
+def _rename_outputs(edit: Editor, nodes: list[onnx.NodeProto]) -> None:
+    """New names for values that no longer have their old shape."""
+    for node in nodes:
+        old, fresh = node.output[0], edit.fresh(f"{node.output[0]}__wide")
+        for other in edit.proto.graph.node:
+            for slot, name in enumerate(other.input):
+                if name == old:
+                    other.input[slot] = fresh
+        node.output[0] = fresh
 
 
 def _wider_inputs(edit: Editor) -> bool:
-    for conv in edit.graph:
-        if _kind(edit, conv) != "dense":
+    graph = edit.graph
+    for conv in graph:
+        shape = _shape(graph, conv)
+        if shape is None or _kind(graph, conv) != "dense" or not _quantized(graph, conv):
             continue
-        weight = edit.graph.constant(conv.input[1])
-        assert weight is not None
-        inputs = weight.shape[1]
-        if weight.shape[2] * weight.shape[3] == 1 or inputs % _IN == 0 or inputs > _MOST_PADDED_INPUTS:
-            continue
-        if weight.shape[0] % _OUT != 0:
+        few = shape[1] % _IN != 0 and shape[1] <= _MOST_PADDED_INPUTS
+        if shape[2] * shape[3] == 1 or not few or shape[0] % _OUT != 0:
             continue  # the fast path needs both
-        wide = _up(inputs, _IN)
-        value = conv.input[0]
-        readers = [
-            one
-            for one in edit.graph.consumers(value)
-            if _kind(edit, one) == "dense"
-            and one.input[0] == value
-            and (array := edit.graph.constant(one.input[1])) is not None
-            and array.shape[2] * array.shape[3] > 1
-            and array.shape[0] % _OUT == 0
-        ]
-        fresh = edit.fresh(f"{value}__wide")
-        edit.aliases[fresh] = edit.aliases.get(value, value)
-        pads = edit.add_initializer(f"{fresh}_pads", np.array([0, 0, 0, 0, 0, wide - inputs, 0, 0], np.int64))
-        pad = helper.make_node("Pad", [value, pads], [fresh], name=edit.fresh(f"{conv.name}__widen"))
-        for one in readers:
-            _pad_axis(edit, one, 1, 1, wide)
-            one.input[0] = fresh
-        at = min(edit.index(one) for one in readers)
+        source = graph.producer(conv.input[0])
+        assert source is not None
+        wide = _up(shape[1], _IN)
+        codes = edit.fresh(f"{source.input[0]}__wide")
+        pads = edit.add_initializer(f"{codes}_pads", np.array([0, 0, 0, 0, 0, wide - shape[1], 0, 0], np.int64))
+        zero = [source.input[2]] if len(source.input) > 2 and source.input[2] else []
+        pad = helper.make_node("Pad", [source.input[0], pads, *zero], [codes], name=edit.fresh(f"{conv.name}__widen"))
+        value = edit.fresh(f"{source.output[0]}__wide")
+        dequantize = helper.make_node(
+            "DequantizeLinear", [codes, *list(source.input)[1:]], [value], name=edit.fresh(f"{source.name}__widen")
+        )
+        weights = graph.producer(conv.input[1])
+        assert weights is not None
+        _pad_channels(edit, weights, 1, wide, own_scales=False)
+        conv.input[0] = value
+        at = edit.index(conv)
+        edit.proto.graph.node.insert(at, dequantize)
         edit.proto.graph.node.insert(at, pad)
-        edit.log.append(f"{value!r} gets {wide - inputs} zero channel(s) in front of {conv.name}")
+        edit.log.append(f"{source.input[0]!r} gets {wide - shape[1]} zero channel(s) in front of {conv.name}")
         return True
     return False
 
 
-def widen(edit: Editor) -> None:
-    """Apply both rewrites wherever they fit."""
+def widen(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """A quantized graph with zero channels where they help, and what was added; the graph that was given is not changed.
+
+    Args:
+        proto: A Q/DQ graph as :func:`~zsq_deploy.backends.onnxruntime.tidy.tidy` leaves it.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    edit = Editor(copy)
     for rewrite in (_wider_outputs, _wider_inputs):
         while rewrite(edit):
             edit.refresh()
         edit.refresh()
+    used = {name for node in copy.graph.node for name in node.input}
+    kept = [tensor for tensor in copy.graph.initializer if tensor.name in used]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    return copy, tuple(edit.log)
