@@ -104,6 +104,10 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
+_GRID = np.linspace(-6.0, 6.0, 2401)
+_QUANTILES = (0.5 * (1.0 + _erf(_GRID / math.sqrt(2.0))), _GRID)
+
+
 def _phi(x: Vector) -> Vector:
     return np.asarray(np.exp(-0.5 * np.square(x)) / math.sqrt(2.0 * math.pi), np.float64)
 
@@ -166,9 +170,7 @@ _ELEMENTWISE: dict[str, Callable[[Vector, Mapping[str, Any]], Vector]] = {
     "ThresholdedRelu": lambda x, a: np.where(x > a.get("alpha", 1.0), x, 0.0),
 }
 
-_SAME = frozenset(
-    {"Identity", "Dropout", "MaxPool", "GlobalMaxPool", "LpPool", "Resize", "Upsample", "Cast", "Expand", "Tile"}
-)
+_SAME = frozenset({"Identity", "Dropout", "LpPool", "Resize", "Upsample", "Cast", "Expand", "Tile"})
 _AVERAGE = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 _VIEWS = frozenset(
     {
@@ -303,6 +305,8 @@ class _Propagation:
             if attrs.get("mode", "constant") != "constant":
                 return x
             return replace(x, low=np.minimum(x.low, edge), high=np.maximum(x.high, edge))
+        if kind in ("MaxPool", "GlobalMaxPool"):
+            return self.largest(x, math.prod(attrs.get("kernel_shape", [7, 7])))
         if kind in _SAME:
             return x
         if kind in _AVERAGE:
@@ -510,6 +514,15 @@ class _Propagation:
             None,
             "derived",
         )
+
+    def largest(self, x: Channels, places: int) -> Channels:
+        """The largest of neighbouring pixels, which move together: counted as the square root of their number of normals."""
+        independent = math.sqrt(max(places, 1))
+        # Expected largest of n unit normals and its variance, from the quantiles of F ** n.
+        levels = (np.arange(400) + 0.5) / 400
+        normal = np.interp(levels ** (1.0 / independent), *_QUANTILES)
+        mean = np.clip(x.mean + normal.mean() * x.std, x.low, x.high)
+        return replace(x, mean=mean, var=x.var * normal.var())
 
     def average(self, node: onnx.NodeProto, attrs: Mapping[str, Any], x: Channels) -> Channels:
         if node.op_type == "ReduceMean":
