@@ -206,7 +206,9 @@ class BNMatcher:
         self._groups: dict[tuple[bool, ...], list[tuple[_Group, dict[str, Tensor]]]] = {}
         self._centres: dict[str, Tensor] = {}
         for layer in self.layers:
-            centre = layer.mean if layer.scale is None else layer.scale * layer.mean + layer.offset
+            centre = layer.mean
+            if layer.scale is not None and layer.offset is not None:
+                centre = layer.scale * layer.mean + layer.offset
             self._centres.setdefault(layer.value, self._tensor(centre))
 
     def _tensor(self, array: npt.ArrayLike) -> Tensor:
@@ -261,7 +263,7 @@ class BNMatcher:
         for observed in noise:
             for group, tensors in self._bound(observed):
                 mean, second = self._gaps(group, tensors, observed)
-                parts = zip(mean.split(group.sizes, -1), second.split(group.sizes, -1), strict=True)
+                parts = zip(torch.split(mean, group.sizes, -1), torch.split(second, group.sizes, -1), strict=True)
                 for index, (a, b) in zip(group.layers, parts, strict=True):
                     gaps[index].append((a.abs().flatten(), b.abs().flatten()))
         quantile = self.loss.slack_quantile
@@ -320,7 +322,7 @@ class BNMatcher:
         loss, per_channel = self.loss, []
         for size, weight in zip(group.sizes, group.layer_weights, strict=True):
             if loss.norm in ("mse", "kl"):
-                divisor = size * (batch if group.per_sample else 1)
+                divisor = float(size * (batch if group.per_sample else 1))
             else:
                 divisor = {"none": 1, "batch": batch, "channels": size}[loss.divide_by]
                 if not group.per_sample and loss.per_sample:
@@ -377,7 +379,7 @@ class BNMatcher:
             a, b = a.square(), b.square()
         if loss.norm == "l2":
             weights = group.layer_weights
-            pieces = list(zip(weights, a.split(group.sizes, -1), b.split(group.sizes, -1), strict=True))
+            pieces = list(zip(weights, torch.split(a, group.sizes, -1), torch.split(b, group.sizes, -1), strict=True))
             return (
                 torch.stack([weight * _root(x.sum()) for weight, x, _ in pieces]).sum(),
                 torch.stack([weight * _root(y.sum()) for weight, _, y in pieces]).sum(),

@@ -130,6 +130,7 @@ class Objective:
             part = images.detach()[first : first + piece].requires_grad_()
             losses = self.losses(part, swing, batch=count, first=first)
             losses.total.backward()  # type: ignore[no-untyped-call]
+            assert part.grad is not None
             gradient[first : first + piece] = part.grad
             for name, value in losses.values().items():
                 values[name] = values.get(name, 0.0) + value

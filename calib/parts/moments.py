@@ -100,7 +100,7 @@ class _Watch(torch.autograd.Function):
         return passed, mean, var
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, passed: Tensor | None, to_mean: Tensor | None, to_var: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
@@ -166,5 +166,7 @@ def _masked(gradient: Tensor, y: Tensor, bounds: tuple[float, float], *, in_plac
     low, high = bounds
     into = gradient if in_place else torch.empty_like(gradient)
     if math.isinf(high):
-        return torch.ops.aten.threshold_backward.grad_input(gradient, y, low, grad_input=into)
-    return torch.ops.aten.hardtanh_backward.grad_input(gradient, y, low, high, grad_input=into)
+        torch.ops.aten.threshold_backward.grad_input(gradient, y, low, grad_input=into)
+    else:
+        torch.ops.aten.hardtanh_backward.grad_input(gradient, y, low, high, grad_input=into)
+    return into

@@ -95,7 +95,7 @@ class _Interleave(torch.autograd.Function):
         count, channels, height, width = phases.shape
         ctx.shape = (count, height, width, channels)
         height, width, channels = height - 1, width - 1, channels // 4
-        source = phases.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels))
+        source = phases.permute(0, 2, 3, 1).reshape(count, height + 1, width + 1, 2, 2, channels)
         out = phases.new_empty((count, height, 2, width, 2, channels))
         for a in range(2):
             for b in range(2):
@@ -103,13 +103,13 @@ class _Interleave(torch.autograd.Function):
         return out.view(count, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        _, height, width, channels = ctx.shape
+        count, height, width, channels = ctx.shape
         back = gradient.new_empty(ctx.shape)
-        target = back.unflatten(3, (2, 2, channels // 4))
+        target = back.view(count, height, width, 2, 2, channels // 4)
         height, width = height - 1, width - 1
-        source = gradient.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))
+        source = gradient.permute(0, 2, 3, 1).reshape(count, height, 2, width, 2, channels // 4)
         for a in range(2):
             for b in range(2):
                 target[:, a : a + height, b : b + width, a, b] = source[:, :, a, :, b]
@@ -182,6 +182,7 @@ class ImageGenerator(nn.Module):
         x = self.linear(latents).view(-1, *self.seed_shape).contiguous(memory_format=torch.channels_last)
         x = self.first_norm(x)
         for index, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv2d)
             x = upsampled_conv(x, conv.weight, conv.bias)
             if index < len(self.norms):
                 x = F.leaky_relu(self.norms[index](x), 0.2)
