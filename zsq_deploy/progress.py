@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -29,16 +29,11 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where work reports how far it is."""
 
-    def task(self, title: str, total: float) -> _TaskContext:
+    def task(self, title: str, total: float) -> AbstractContextManager[Task]:
         """Open a task of `total` steps; use it as a context manager."""
 
     def say(self, message: str) -> None:
         """Say one line that stays on the screen."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *error: object) -> object: ...
 
 
 class _Nothing:

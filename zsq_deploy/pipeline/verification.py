@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from zsq_deploy.verify import (
     image_feeds,
     layer_quality,
     prove,
+    walk_fused,
 )
 
 __all__ = ["Evidence", "batch_for", "measure_latency", "output_steps", "verify_engine"]
@@ -46,6 +49,9 @@ _ACTIVATION_BUDGET = 40_000_000
 
 INTEGER_SAMPLES = 256
 """Samples that the exact integer reference and the unfused file are compared on; they are slow, and flips are not rare events."""
+
+DIVERGENCE_SAMPLES = 32
+"""Samples in which the first tensor that differs from the twin is looked for."""
 
 LAYER_SAMPLES = 16
 
@@ -193,11 +199,22 @@ def verify_engine(
         total=evidence.images,
         progress=progress,
     )
+    divergence = None
+    if integer is not None:
+
+        def fetch(feeds: Feeds, names: Sequence[str]) -> dict[str, Array]:
+            with torch.no_grad():
+                given = {name: torch.tensor(value, dtype=torch.float64) for name, value in feeds.items()}
+                return {name: value.numpy() for name, value in twin.run(given, fetch=list(names)).items()}
+
+        first = itertools.islice(evidence.batches(model, size), max(1, DIVERGENCE_SAMPLES // size))
+        divergence = walk_fused([feeds for feeds, _ in first], integer, graph, fetch)
     layers = _layers(model, graph, twin, evidence, min(size, LAYER_SAMPLES))
     sample = next(iter(evidence.batches(model, 1)))[0]
     proof = prove(engine_runner.kernels(sample))
     section: dict[str, Any] = {
         "runtime": target.runtime,
+        "runtime_version": _version(target.runtime),
         "summary": target.summary,
         "activation": str(target.activation),
         "weight": str(target.weight),
@@ -208,7 +225,7 @@ def verify_engine(
         },
         "float_model": file_section(engine.float_path, root),
         "integer": integer_section(proof),
-        "parity": parity_section(evaluation),
+        "parity": parity_section(evaluation, divergence),
         "accuracy": accuracy_section(evaluation),
         "layers": layers,
         "notes": list(target.notes),
@@ -231,6 +248,13 @@ def verify_engine(
         not_measured["latency"] = "not asked for"
     section["not_measured"] = not_measured
     return section
+
+
+def _version(runtime: str) -> str:
+    try:
+        return metadata.version(runtime)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _layers(model: Model, graph: Graph, twin: Twin, evidence: Evidence, samples: int) -> list[dict[str, Any]]:
@@ -278,7 +302,8 @@ def measure_latency(
         arguments: dict[str, Any] = {"path": str(path), "target": engine.target.name, "threads": threads, "mode": mode}
         if session:
             arguments["session"] = dict(session)
-        return RunnerSpec(factory, arguments, feeds=sample, threads=threads, mode=mode, preload=preload)
+        words = {"engine": "integer engine, everything fused", "float": "float network, all optimizations, fp32"}
+        return RunnerSpec(factory, arguments, feeds=sample, threads=threads, mode=words[mode], preload=preload)
 
     specs = {"engine": spec(engine.path, "engine"), "float32": spec(engine.float_path, "float")}
     for name, session in backend.float_modes(engine.target).items():
