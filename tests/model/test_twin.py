@@ -344,6 +344,23 @@ def test_a_tap_may_raise_what_it_likes() -> None:
         Twin(network(), device="cpu").run({"x": images()}, taps={"c": stop})
 
 
+def test_nothing_is_read_on_the_device() -> None:
+    """Tensors of the meta device have no numbers: a run on them succeeds only when no kernel waits for any."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "target"], ["r"]),
+        helper.make_node("Shape", ["r"], ["s"]),
+        helper.make_node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Sqrt", ["f"], ["q"]),
+        helper.make_node("Div", ["r", "q"], ["y"]),
+    ]
+    inputs = {"x": (TensorProto.FLOAT, [None, 4]), "target": (TensorProto.INT64, [2])}
+    twin = Twin(make(nodes, {}, inputs=inputs, outputs=["y"]), device="meta")
+    found = twin.run({"x": torch.zeros(3, 4, device="meta"), "target": torch.tensor([-1, 2])})["y"]
+    assert found.shape == (6, 2)
+    assert found.device.type == "meta"
+    assert Twin(network(), device="meta")(images().to("meta")).shape == (2, 5)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu() -> None:

@@ -65,6 +65,16 @@ def test_raw_exports(assets: Path, name: str, dtype: torch.dtype) -> None:
         compare(graph, graph.proto, x, dtype)
 
 
+@pytest.mark.parametrize("name", RAW)
+def test_raw_exports_need_no_number_from_the_device(assets: Path, name: str) -> None:
+    """On the meta device: a kernel that waited for a value would fail."""
+    twin = Twin(Graph.load(assets / "models" / f"{name}.onnx"), device="meta")
+    found = twin(torch.empty(2, *RAW[name], device="meta"))
+    assert isinstance(found, torch.Tensor)
+    assert found.device.type == "meta"
+    assert found.shape[0] == 2
+
+
 @pytest.mark.parametrize("name", [*RAW, "ultraface_rfb320"])
 def test_loaded_networks(assets: Path, name: str) -> None:
     """After loading: the cleaned graph against the untouched file."""

@@ -114,6 +114,7 @@ class Twin(nn.Module):
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._keys: dict[str, str] = {}  # initializer or constant -> key among parameters and buffers
         self._host: dict[str, Tensor] = {}  # constants of shape arithmetic, always on the CPU
+        self._host_inputs: frozenset[str] = frozenset()  # inputs that only steer: they stay where they are
         self._steps: tuple[_Step, ...] = ()
         self._producer: dict[str, int] = {}
         self._codes: dict[str, torch.dtype] = {}
@@ -175,6 +176,7 @@ class Twin(nn.Module):
         self._producer = {name: index for index, step in enumerate(steps) for name in step.outputs if name}
         self._plans = {}
 
+        self._host_inputs = frozenset(name for name in self.input_names if name in host_needs - device_needs)
         self._host = {name: constants[name] for name in host_needs if name in constants}
         for name, tensor in constants.items():
             if name in self._keys or (
@@ -333,7 +335,7 @@ class Twin(nn.Module):
             tensor = feeds[name]
             if tensor.is_floating_point() and name in self._float_inputs:
                 tensor = tensor.to(device=self._device, dtype=self._dtype)
-            elif tensor.device != self._device:
+            elif tensor.device != self._device and name not in self._host_inputs:
                 tensor = tensor.to(self._device)
             values[slot] = tensor
         for key_, slot in plan.constants:

@@ -60,6 +60,14 @@ def test_opsets_outside_the_range(opset: int) -> None:
         Twin(chain(("Relu", "r", {}), opset=opset))
 
 
+def test_malformed_attributes_are_named() -> None:
+    graph = chain(("SpaceToDepth", "no block size", {}), ("Concat", "no axis", {}))
+    with pytest.raises(UnsupportedOpError, match="malformed attributes") as caught:
+        Twin(graph)
+    assert "no block size" in str(caught.value)
+    assert "no axis" in str(caught.value)
+
+
 def test_supported_graph_passes() -> None:
     check_supported(chain(("Relu", "r", {}), ("Softmax", "s", {})))
 

@@ -112,9 +112,11 @@ def dequantize_linear(node: Node) -> Kernel:
 
     def kernel(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         y = codes if codes.dtype == scale.dtype else codes.to(scale.dtype)
-        if zero_point is not None:
-            y = y - spread(zero_point, codes, axis, block).to(scale.dtype)
-        return y * spread(scale, codes, axis, block)
+        factor = spread(scale, codes, axis, block)
+        if zero_point is None:
+            return y * factor
+        y = y - spread(zero_point, codes, axis, block).to(scale.dtype)
+        return y * factor if y.requires_grad or factor.requires_grad else y.mul_(factor)
 
     return kernel
 

@@ -53,7 +53,11 @@ def build(node: Node) -> Kernel:
         raise UnsupportedVariantError(
             f"defined in opsets {row.since} to {row.until}, the graph says opset {node.opset}"
         )
-    return row.build(node)
+    try:
+        return row.build(node)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # a builder reads attributes as the specification says they are; a file that breaks it ends here
+        raise UnsupportedVariantError(f"malformed attributes or constants: {error}") from error
 
 
 def _title(node: Node) -> str:
