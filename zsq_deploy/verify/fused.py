@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.reader import read_qdq
@@ -42,32 +43,71 @@ def fused_codes(fused: Graph, qdq: Graph) -> dict[str, str]:
 
     Returns:
         Value name of a tensor's codes in `qdq` -> value name of the same codes in `fused`, in the order of `qdq`. Tensors
-        that share one scale initializer with others, or that the runtime fused away, are not in it.
+        that cannot be told apart by scale and zero point, or that the runtime fused away, are not in it.
     """
     wanted = [tensor.codes for tensor in read_qdq(qdq) if not tensor.is_weight and tensor.quantize is not None]
     present = {value for node in fused for value in node.output}
     found = {codes: codes for codes in wanted if codes in present}
-    owners: dict[str, list[str]] = {}
-    for codes in wanted:
-        producer = qdq.producer(codes)
-        if producer is not None and len(producer.input) > 1:
-            owners.setdefault(producer.input[1], []).append(codes)
-    constants = set(fused.initializer_names)
+    owners = _Owners(qdq, wanted, fused)
     for node in fused:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        # The scale of an operand stands right behind the operand; the scale of the result behind a zero point or a bias.
-        scales = [
-            name
-            for place, name in enumerate(node.input)
-            if name in owners and (place == 0 or not node.input[place - 1] or node.input[place - 1] in constants)
-        ]
-        if not scales or len(owners[scales[-1]]) != 1:
-            continue
-        (codes,) = owners[scales[-1]]
-        found.setdefault(codes, node.output[0])
+        codes = owners.of_result(node)
+        if codes is not None:
+            found.setdefault(codes, node.output[0])
     order = {codes: place for place, codes in enumerate(value for node in qdq for value in node.output)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+class _Owners:
+    """Which tensor a pair of scale and zero point belongs to.
+
+    A runtime may merge constants of equal value and keep one of their names, so scales are looked up by value; tensors of equal
+    scale and zero point are told apart by the name of the zero point, where the runtime kept all of these.
+    """
+
+    def __init__(self, qdq: Graph, wanted: Sequence[str], fused: Graph) -> None:
+        self._fused = fused
+        self._constants = set(fused.initializer_names)
+        self._scales: set[str] = set()
+        self._equal: dict[
+            tuple[bytes, bytes], dict[str, str]
+        ] = {}  # (scale, zero point) -> codes -> name of zero point
+        for codes in wanted:
+            producer = qdq.producer(codes)
+            if producer is None or len(producer.input) < 2:
+                continue
+            scale, zero = producer.input[1], producer.input[2] if len(producer.input) > 2 else ""
+            self._scales.add(scale)
+            self._equal.setdefault((_value(qdq, scale), _value(qdq, zero)), {})[codes] = zero
+
+    def of_result(self, node: onnx.NodeProto) -> str | None:
+        """Codes of the tensor whose scale and zero point a fused kernel gives its result; ``None`` if that is not certain."""
+        # The scale of an operand stands right behind the operand; the scale of the result behind a zero point or a bias.
+        places = [place for place, name in enumerate(node.input) if name in self._scales and self._behind(node, place)]
+        if not places:
+            return None
+        scale = node.input[places[-1]]
+        zero = node.input[places[-1] + 1] if places[-1] + 1 < len(node.input) else ""
+        same = self._equal.get((_value(self._fused, scale), _value(self._fused, zero)), {})
+        if len(same) == 1:
+            return next(iter(same))
+        if len(set(same.values())) != len(same) or not self._constants.issuperset(same.values()):
+            return None
+        return next((codes for codes, name in same.items() if name == zero), None)
+
+    def _behind(self, node: onnx.NodeProto, place: int) -> bool:
+        if place == 0 or not node.input[place - 1]:
+            return True
+        if node.input[place - 1] not in self._constants:
+            return False
+        before = self._fused.constant(node.input[place - 1])
+        return before is None or before.size == 1 or before.dtype.itemsize != 1  # behind 8-bit weights: their own scale
+
+
+def _value(graph: Graph, name: str) -> bytes:
+    array = graph.constant(name) if name else None
+    return b"" if array is None else array.tobytes()
 
 
 def _like(codes: Array, reference: Array) -> Array:
