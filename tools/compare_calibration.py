@@ -1,0 +1,224 @@
+"""Accuracy of engines by calibration method, network by network: the table of docs/results.md.
+
+Every engine of one network is made by the same quantizer with the same settings; only the calibration images differ. Real images
+calibrate a baseline of their own, in two halves: the engine calibrated on one half is scored on the other, so that no image both
+calibrates and scores. A further row, `plain`, is ONNX Runtime's own min-max with per-channel weights on the same real images: what
+a user gets without this project.
+
+    python tools/compare_calibration.py --assets ../shared/assets --out compare.json
+    python tools/compare_calibration.py --out compare.json --markdown
+
+Results are written after every engine; a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zsq_deploy.artifact import read_json, write_json
+from zsq_deploy.backends import get_backend, get_target
+from zsq_deploy.calib import CalibrationManifest, CalibrationSet
+from zsq_deploy.evaldata import EvalData, load_eval_data
+from zsq_deploy.model import Model, Preprocess, load_model
+from zsq_deploy.pipeline import EngineSettings, Images, build_engine, make_images, measure_ranges
+
+METHODS = ("zeroq", "genie", "real", "plain", "fractal", "gaussian", "uniform", "ones", "bn-analytic")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the assets, how images become its input, and what it is scored on."""
+
+    file: str
+    preprocess: Preprocess
+    data: str
+    labelled: bool = True
+    resize: bool = False
+    input_shape: tuple[int, ...] | None = None
+    images: int = 256
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NETWORKS = {
+    "resnet20_cifar10": Network("resnet20_cifar10.onnx", IMAGENET, "cifar10_test.npz"),
+    "mlperf_tiny_resnet8_cifar10": Network(
+        "mlperf_tiny_resnet8_cifar10.onnx", Preprocess(raw_pixels=True), "cifar10_test.npz"
+    ),
+    "mobilenet_v1_025_imagenet": Network(
+        "mobilenet_v1_025_imagenet.onnx", Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "imagenet_like_224", images=128
+    ),
+    "squeezenet11_imagenet": Network("squeezenet11_imagenet.onnx", IMAGENET, "imagenet_like_224", images=128),
+    "mlperf_tiny_mobilenet_v1_025_vww": Network(
+        "mlperf_tiny_mobilenet_v1_025_vww.onnx",
+        Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        "imagenet_like_224",
+        labelled=False,
+        resize=True,
+    ),
+    "vit_cifar10": Network(
+        "vit_cifar10.onnx", Preprocess((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar10_test.npz"
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison, or print the table of an earlier one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path(os.environ.get("ZSQ_ASSETS", "../shared/assets")))
+    parser.add_argument("--out", type=Path, default=Path("compare.json"), help="results; also what is gone on with")
+    parser.add_argument("--network", action="append", choices=sorted(NETWORKS), help="only these")
+    parser.add_argument("--method", action="append", choices=METHODS, help="only these")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=int, help="score on at most so many images (for a first look)")
+    parser.add_argument("--images", type=int, help="calibration images (default: per network)")
+    parser.add_argument("--free-scales", action="store_true")
+    parser.add_argument("--no-bias-correction", action="store_true")
+    parser.add_argument("--ranges", default="auto")
+    parser.add_argument("--markdown", action="store_true", help="print the table of --out and stop")
+    options = parser.parse_args(arguments)
+    results: dict[str, Any] = read_json(options.out) if options.out.is_file() else {}
+    if options.markdown:
+        sys.stdout.write(markdown(results))
+        return 0
+    torch.set_num_threads(options.threads)
+    settings = EngineSettings(
+        search=False, exact_scales=not options.free_scales, bias_correction=not options.no_bias_correction
+    )
+    for name in options.network or NETWORKS:
+        network = NETWORKS[name]
+        model = load_model(
+            options.assets / "models" / network.file, preprocess=network.preprocess, input_shape=network.input_shape
+        )
+        data = load_eval_data(
+            options.assets / "data" / network.data, model.inputs[0], resize=network.resize, limit=options.limit
+        )
+        rows = results.setdefault(name, {})
+        for method in options.method or METHODS:
+            key = f"{method}/{options.seed}"
+            if key in rows or (method == "bn-analytic" and not model.batch_norms()):
+                continue
+            started = time.monotonic()
+            try:
+                row = score(model, network, data, method, options, settings)
+            except Exception as error:  # a row that fails is a result too, and must not take the others with it
+                row = {"error": f"{type(error).__name__}: {error}"}
+            row["seconds"] = time.monotonic() - started
+            rows[key] = row
+            write_json(options.out, results)
+            print(name, key, json.dumps(row), flush=True)
+    sys.stdout.write(markdown(results))
+    return 0
+
+
+def real_set(model: Model, data: EvalData, indices: np.ndarray) -> CalibrationSet:
+    """Real images as a calibration set (for the baseline only)."""
+    pixels, _ = next(data.take(indices).batches(len(indices)))
+    arrays = {model.inputs[0].name: model.preprocess.apply(pixels)}
+    return CalibrationSet.from_arrays(arrays, CalibrationManifest.of(model, method="real", seed=0))
+
+
+def parts(
+    model: Model, network: Network, data: EvalData, method: str, options: Any
+) -> Iterator[tuple[Images, EvalData]]:
+    """Calibration images, and what the engine that they make is scored on."""
+    count = options.images or network.images
+    if method in ("real", "plain"):
+        halves = np.random.default_rng(options.seed).permutation(len(data))
+        first, second = halves[: len(data) // 2], halves[len(data) // 2 :]
+        for chosen, scored in ((first, second), (second, first)):
+            calibration = real_set(model, data, chosen[: min(count, len(chosen))])
+            yield Images(calibration, calibration, "real", 0.0), data.take(scored)
+        return
+    images = make_images(
+        model,
+        method=method,
+        images=count,
+        holdout=1,
+        seed=options.seed,
+        parameters=network.parameters.get(method),
+    )
+    yield images, data
+
+
+def score(
+    model: Model, network: Network, data: EvalData, method: str, options: Any, settings: EngineSettings
+) -> dict[str, Any]:
+    """Accuracy of float and engine, and their agreement, over all images."""
+    target = get_target("ort-x86-vnni")
+    backend = get_backend(target)
+    right_float, right_engine, same, total, seconds = 0, 0, 0, 0, 0.0
+    noise = signal = 0.0
+    for images, scored in parts(model, network, data, method, options):
+        seconds += images.seconds
+        if method == "plain":
+            measured = measure_ranges(model, images, "minmax")
+            chosen = EngineSettings(search=False, exact_scales=False, bias_correction=False)
+        else:
+            measured, chosen = measure_ranges(model, images, options.ranges), settings
+        with tempfile.TemporaryDirectory() as scratch:
+            engine = build_engine(
+                model, images, measured, target, Path(scratch), chosen, threads=options.threads
+            ).engine
+            runner = backend.runner(engine.path, target, threads=options.threads)
+            floating = backend.runner(engine.float_path, target, threads=options.threads, mode="float")
+            for pixels, labels in scored.batches(32):
+                feeds = {model.inputs[0].name: model.preprocess.apply(pixels)}
+                got = next(iter(runner.run(feeds).values()))
+                wanted = next(iter(floating.run(feeds).values()))
+                a, b = got.argmax(1), wanted.argmax(1)
+                right_float += int((b == labels).sum())
+                right_engine += int((a == labels).sum())
+                same += int((a == b).sum())
+                total += len(labels)
+                signal += float(np.square(wanted, dtype=np.float64).sum())
+                noise += float(np.square(got.astype(np.float64) - wanted).sum())
+    return {
+        "float": right_float / total if network.labelled else None,
+        "engine": right_engine / total if network.labelled else None,
+        "agreement": same / total,
+        "sqnr_db": 10 * float(np.log10(signal / max(noise, 1e-30))),
+        "images": total,
+        "synthesis_seconds": seconds,
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table: accuracy % (agreement with float %), mean over seeds."""
+    lines = [
+        "| network | float | " + " | ".join(METHODS) + " |",
+        "|---" * (len(METHODS) + 2) + "|",
+    ]
+    for name, rows in results.items():
+        cells, floating = [], "-"
+        for method in METHODS:
+            found = [row for key, row in rows.items() if key.split("/")[0] == method and "error" not in row]
+            if not found:
+                failed = any(key.split("/")[0] == method for key in rows)
+                cells.append("failed" if failed else "-")
+                continue
+            agreement = 100 * float(np.mean([row["agreement"] for row in found]))
+            if found[0]["engine"] is None:
+                cells.append(f"({agreement:.1f})")
+            else:
+                floating = f"{100 * found[0]['float']:.2f}"
+                cells.append(f"{100 * float(np.mean([row['engine'] for row in found])):.2f} ({agreement:.1f})")
+        lines.append(f"| {name} | {floating} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
