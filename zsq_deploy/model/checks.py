@@ -11,7 +11,7 @@ from zsq_deploy.model.clean import Cleaned
 from zsq_deploy.model.editing import is_default
 from zsq_deploy.model.graph import Graph
 
-__all__ = ["batch_is_free", "check_numbers", "check_supported", "same_as_module"]
+__all__ = ["batch_is_free", "check_numbers", "check_runs", "check_supported", "same_as_module"]
 
 _WEIGHTED = (
     "BatchNormalization",
@@ -104,6 +104,24 @@ def example(cleaned: Cleaned, batch: int, seed: int = 0) -> dict[str, torch.Tens
             kind = torch.from_numpy(np.zeros(1, spec.dtype)).dtype
             feeds[spec.name] = torch.randint(0, 2, shape, generator=generator).to(kind)
     return feeds
+
+
+def check_runs(cleaned: Cleaned, *, where: str) -> None:
+    """Run a network once on random input, so that layers that do not fit together are found now.
+
+    Raises:
+        ModelError: It does not run.
+    """
+    try:
+        _run(cleaned.proto, example(cleaned, 1))
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in example(cleaned, 1).items())
+        raise ModelError(
+            f"the network does not run on input {shapes}: {lines[0][:300] if lines else type(error).__name__}",
+            where=where,
+            remedy="check --input-shape; if it is right, the file contradicts itself: export the network again",
+        ) from error
 
 
 def same_as_module(cleaned: Cleaned, module: torch.nn.Module, *, where: str) -> None:

@@ -183,4 +183,6 @@ def _checked(cleaned: Cleaned, loaded: Loaded) -> Cleaned:
         cleaned = replace(cleaned.check, notes=(*cleaned.notes, note))
     if loaded.module is not None:
         checks.same_as_module(cleaned, loaded.module, where=loaded.source)
+    else:
+        checks.check_runs(cleaned, where=loaded.source)
     return cleaned

@@ -26,7 +26,9 @@ def inline_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model without local functions."""
     if not proto.functions:
         return proto
-    return onnx.inliner.inline_local_functions(proto)
+    from onnx import inliner  # not imported by onnx itself
+
+    return inliner.inline_local_functions(proto)
 
 
 def _scope(node: onnx.NodeProto) -> str | None:

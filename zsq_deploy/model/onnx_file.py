@@ -150,6 +150,14 @@ def _check(proto: onnx.ModelProto, where: str) -> None:
     """Let the ONNX project's own checker look at the file."""
     if proto.ByteSize() > _TWO_GIB:
         return  # the checker takes no model of this size from memory; reading its tensors will tell what is wrong
+    # The checker wants a shape on every output; runtimes do not, and exporters leave it out.
+    bare = [
+        value.type.tensor_type
+        for value in (*proto.graph.input, *proto.graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    ]
+    for tensor_type in bare:
+        tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
@@ -159,3 +167,6 @@ def _check(proto: onnx.ModelProto, where: str) -> None:
             where=where,
             remedy="export the network again, with a current exporter",
         ) from error
+    finally:
+        for tensor_type in bare:
+            tensor_type.ClearField("shape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx
+from onnx import version_converter
 
 from zsq_deploy.errors import ModelError
 
@@ -49,7 +50,7 @@ def _convert(proto: onnx.ModelProto, version: int, target: int, where: str) -> o
     del prepared.graph.input[:]
     prepared.graph.input.extend(inputs)
     try:
-        return onnx.version_converter.convert_version(prepared, target)
+        return version_converter.convert_version(prepared, target)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         direction = "older than" if version < target else "newer than"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def _read_safetensors(path: Path, kind: str) -> dict[str, torch.Tensor]:
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     where = str(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, which is no news for the user
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             "the weight file holds Python objects besides tensors, which can run code when they are read; it was not opened",
