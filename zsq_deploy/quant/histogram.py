@@ -106,6 +106,13 @@ class Histogram:
         return builder.finish()
 
 
+def _count_zeros(part: torch.Tensor) -> int:
+    if part.device.type != "cpu":
+        return int((part == 0).sum())
+    # numpy compares and counts more than ten times faster than torch does on one core
+    return int(np.count_nonzero(np.equal(part.numpy(), 0)))
+
+
 class HistogramBuilder:
     """Adds tensors to a histogram; its memory is 2 * SIDE integers, however many numbers come."""
 
@@ -149,7 +156,7 @@ class HistogramBuilder:
             self._scaled = torch.empty(min(chunk, flat.numel()), device=flat.device)
             self._index = torch.empty(min(chunk, flat.numel()), dtype=torch.int32, device=flat.device)
         assert self._index is not None
-        nonzero = 0
+        zeros = 0
         for start in range(0, flat.numel(), chunk):
             part = flat[start : start + chunk]
             scaled, index = self._scaled[: len(part)], self._index[: len(part)]
@@ -157,8 +164,8 @@ class HistogramBuilder:
             index.copy_(scaled)
             index.add_(SIDE)
             self._counts += torch.bincount(index, minlength=2 * SIDE)
-            nonzero += int(torch.count_nonzero(part))
-        self._zeros += flat.numel() - nonzero
+            zeros += _count_zeros(part)
+        self._zeros += zeros
 
     def _grow(self, exponent: int) -> None:
         assert self._counts is not None
