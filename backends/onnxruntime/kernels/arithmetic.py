@@ -88,6 +88,11 @@ class Arithmetic:
         kind = torch.int8 if np.dtype(dtype) == np.int8 else torch.uint8
         return np.asarray(scaled.to(kind).numpy())
 
+    def to_float(self, accumulator: torch.Tensor, factor: Array, bias: Array | None) -> Array:
+        """``f(f(f(acc) * factor[n]) + bias[n])``: multiplication and addition round separately."""
+        value = accumulator.to(torch.float32).numpy() * np.asarray(factor, F32)
+        return np.asarray(value if bias is None else value + np.asarray(bias, F32))
+
     def quantize(self, x: Array, scale: Array | Any, zero_point: Array | Any, dtype: npt.DTypeLike) -> Array:
         """``sat(rint(f(x / scale)) + zp)``; NaN becomes the smallest code, as the vector instructions make it."""
         limits = np.iinfo(np.dtype(dtype))
@@ -152,8 +157,8 @@ class Arithmetic:
         """Codes of ``value / total``, both float32: ``sat(rint(value * Y / total) + zy)``.
 
         The quotient is formed in float64 from ONNX Runtime 1.32 on. Before, it was float32, where ``value * Y`` may overflow for
-        rows of a few elements; an infinity becomes the most negative int32, whose last byte is 0. Signed codes were not clamped
-        before 1.29: a result above 127 wraps to a negative code.
+        rows of a few elements (what becomes of an infinity is the CPU's choice). Signed codes were not clamped before 1.29: a
+        result above 127 wraps to a negative code.
         """
         limits = np.iinfo(np.dtype(dtype))
         if self.runtime >= (1, 32):
@@ -161,14 +166,20 @@ class Arithmetic:
             return np.asarray(np.minimum(exact, limits.max).astype(np.int32).astype(dtype))
         with np.errstate(over="ignore", invalid="ignore"):
             ratio = np.rint(value * inverse_scale / total)
+        signed = limits.min < 0
         finite = np.isfinite(ratio)
-        if limits.min == 0:
-            return np.asarray(np.minimum(np.where(finite, ratio, 0) + zero_point, 255).astype(np.int32).astype(dtype))
-        whole = np.where(finite, np.minimum(ratio, F32(2.0**30)), F32(-(2.0**31))).astype(np.int64) + zero_point
+        whole = np.minimum(np.where(finite, ratio, 0), F32(2.0**30)).astype(np.int64)
+        whole = np.where(finite, whole, self._integer_infinity(signed)) + zero_point
+        if not signed:
+            return np.asarray(np.minimum(whole % 2**32, 255).astype(dtype))
         whole = (whole + 2**31) % 2**32 - 2**31
         if self.runtime >= (1, 29):
             return np.asarray(np.clip(whole, limits.min, limits.max).astype(dtype))
         return np.asarray(np.where(whole > 255, -1, whole).astype(dtype))
+
+    def _integer_infinity(self, signed: bool) -> int:
+        """What converting an infinite float to a 32-bit integer gives on this CPU."""
+        return -(2**31) if signed else 0
 
     def average_multiplier(self, x_scale: Any, y_scale: Any, count: int) -> np.float32:
         """The factor of a global average pool, ``f(sx / f(sy * count))``."""
@@ -177,14 +188,31 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Arm64Arithmetic(Arithmetic):
-    """The rules of 64-bit Arm, as far as they differ: the sum of two tensors is fixed-point there.
+    """The rules of 64-bit Arm, as far as they differ: sums of two tensors are fixed-point, biases fused.
 
-    Convolutions, matrix products and averages use the same float32 requantization as on x86. The addition works with 22-bit
-    multipliers and a rounding shift instead of float32. These rules are derived from the published kernels' mathematics and
-    have not been compared with an Arm machine by the tests of this project, which run on x86.
+    Convolutions, matrix products and averages round as on x86. Compared with the runtime on an emulated Arm processor.
     """
 
     name: str = "arm64"
+
+    def to_float(self, accumulator: torch.Tensor, factor: Array, bias: Array | None) -> Array:
+        """``fma(f(acc), factor[n], bias[n])``."""
+        value = accumulator.to(torch.float32).numpy()
+        return np.asarray(
+            value * np.asarray(factor, F32) if bias is None else fma(value, np.asarray(factor, F32), bias)
+        )
+
+    def _integer_infinity(self, signed: bool) -> int:
+        return 2**31 - 1 if signed else 2**32 - 1
+
+    def mul_table(
+        self, a: tuple[Any, Any], b: tuple[Any, Any], y: tuple[Any, Any], dtype: npt.DTypeLike
+    ) -> npt.NDArray[Any]:
+        """The product of two quantized tensors: as on x86, with the zero point added by a fused multiply-add."""
+        (sa, za), (sb, zb), (sy, zy) = a, b, y
+        ratio = F32(F32(sa) * F32(sb)) / F32(sy)
+        qa, qb = codes(dtype) - np.int32(za), codes(dtype) - np.int32(zb)
+        return _saturate(fma((qa[:, None] * qb[None, :]).astype(F32), ratio, F32(zy)), dtype)
 
     def add_table(
         self, a: tuple[Any, Any], b: tuple[Any, Any], y: tuple[Any, Any], dtype: npt.DTypeLike

@@ -116,8 +116,7 @@ class QGemm(_MatMul):
         b_scale = need(inputs, 4, node).reshape(-1)
         y_scale = _optional(inputs, 7)
         if y_scale is None:
-            factor = (a_scale * b_scale).astype(F32)
-            return [np.asarray((total.to(torch.float32) * torch.from_numpy(factor)).numpy())]
+            return [self.arithmetic.to_float(total, a_scale * b_scale, None)]
         multiplier = self.arithmetic.multiplier(a_scale, b_scale, scalar(y_scale, "scale of y", node))
         return [
             self.arithmetic.requantize(
@@ -138,24 +137,16 @@ class MatMulInteger(_MatMul):
         return [np.asarray(total.numpy())]
 
 
-def _to_float(total: torch.Tensor, factor: Array, bias: Array | None) -> Array:
-    """``f(f(f(acc) * factor[n]) + bias[n])``: multiplication and addition round separately."""
-    value = total.to(torch.float32) * torch.from_numpy(np.atleast_1d(factor.astype(F32)))
-    if bias is not None:
-        value = value + torch.from_numpy(np.array(bias, np.float32))
-    return np.asarray(value.numpy())
-
-
 @kernel("com.microsoft.MatMulIntegerToFloat")
 class MatMulIntegerToFloat(_MatMul):
-    """``f(f(f(acc) * f(sa * sb[n])) + bias[n])``."""
+    """``f(f(f(acc) * f(sa * sb[n])) + bias[n])``; see :meth:`Arithmetic.to_float`."""
 
     def _run(self, inputs: Inputs) -> list[Array]:
         node = self.node
         a, b = need(inputs, 0, node), need(inputs, 1, node)
         total = self._accumulate(a, _optional(inputs, 4), b, _optional(inputs, 5), "weights", (1, 5))
         factor = F32(scalar(inputs[2], "scale of a", node)) * need(inputs, 3, node).reshape(-1)
-        return [_to_float(total, factor, _optional(inputs, 6))]
+        return [self.arithmetic.to_float(total, factor, _optional(inputs, 6))]
 
 
 def dynamic_parameters(x: Array) -> tuple[np.float32, np.uint8]:
@@ -181,4 +172,4 @@ class DynamicQuantizeMatMul(_MatMul):
         codes = self.arithmetic.quantize(a, scale, zero, np.uint8)
         total = self._accumulate(codes, np.asarray(zero), b, _optional(inputs, 3), "weights", (1, 3))
         factor = scale * need(inputs, 2, node).reshape(-1)
-        return [_to_float(total, factor, _optional(inputs, 4))]
+        return [self.arithmetic.to_float(total, factor, _optional(inputs, 4))]
