@@ -121,7 +121,7 @@ def synthesize(
         seconds = time.monotonic() - started
     else:
         recipe = chosen.run(resolved)
-        network = prepare(model, swing=bool(recipe.swing))
+        network = prepare(model, hook=recipe.loss.hook, swing=bool(recipe.swing))
         arrays, outcome, seconds = _optimise(
             chosen, model, network, recipe, resolved, images, seed, place, batch_size, workdir, resume, progress, notes
         )
@@ -241,7 +241,6 @@ def _optimise(
             "first": [plain["first"] for _, plain in finished],
             "last": [plain["values"] for _, plain in finished],
             "batch_norms": len(network.layers),
-            "folded": network.folded,
             "threads": torch.get_num_threads(),
         },
     }

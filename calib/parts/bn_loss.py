@@ -100,15 +100,13 @@ class BNLoss:
 
 @dataclass(frozen=True)
 class BNLayer:
-    """A batch-norm layer and the value in the graph at which its input can be measured.
+    """A batch-norm layer and the value in the graph that enters it.
 
     Attributes:
         name: Node name of the batch norm.
-        value: Name of the value that is looked at.
+        value: Name of the value that enters it.
         mean, var: Stored statistics [C].
         eps: The layer's epsilon.
-        scale, offset: The value is ``scale * z + offset``, channel by channel, where z is the layer's input: with the batch norm
-            folded into the convolution, z itself is never computed, and need not be. ``None``: the value is z.
         direct: A convolution or matrix product stands directly in front of the layer.
     """
 
@@ -117,14 +115,12 @@ class BNLayer:
     mean: Float64
     var: Float64
     eps: float
-    scale: Float64 | None = None
-    offset: Float64 | None = None
     direct: bool = True
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Moments of one value: [N, C] per image or [C] per batch, before any unfolding."""
+    """Moments of one value: [N, C] per image or [C] per batch."""
 
     mean: Tensor
     var: Tensor
@@ -160,9 +156,6 @@ class _Group:
         self.var = np.concatenate([layer.var for _, layer in layers])
         eps = np.repeat([layer.eps for _, layer in layers], self.sizes)
         self.eps = np.full_like(eps, loss.eps) if loss.eps is not None else eps
-        ones, zeros = np.ones, np.zeros
-        self.scale = np.concatenate([ones(la.mean.size) if la.scale is None else la.scale for _, la in layers])
-        self.offset = np.concatenate([zeros(la.mean.size) if la.offset is None else la.offset for _, la in layers])
         rule = LAYER_WEIGHTS[loss.layer_weight]
         self.layer_weights = [rule(index, total) / (total if loss.reduce == "mean" else 1) for index, _ in layers]
         self.segment = np.repeat(np.arange(len(layers)), self.sizes)
@@ -176,6 +169,7 @@ class BNMatcher:
         layers: The layers, in graph order; those that the loss's hook leaves out are dropped here.
         device: Where it is computed.
         dtype: In what precision.
+        affine: Values that only their batch norm reads, with its scale and shift, which the taps are to apply themselves.
         bounds: Values that only a rectifier reads, which the taps are to apply themselves (see :func:`~.moments.watch`).
         joins: Values that only a sum reads, with the value that it adds, which the taps are to add themselves.
         owned: Values whose gradient may be changed in place.
@@ -191,6 +185,7 @@ class BNMatcher:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        affine: Mapping[str, tuple[Float64, Float64]] | None = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         joins: Mapping[str, str] | None = None,
         owned: frozenset[str] = frozenset(),
@@ -206,10 +201,10 @@ class BNMatcher:
         self._groups: dict[tuple[bool, ...], list[tuple[_Group, dict[str, Tensor]]]] = {}
         self._centres: dict[str, Tensor] = {}
         for layer in self.layers:
-            centre = layer.mean
-            if layer.scale is not None and layer.offset is not None:
-                centre = layer.scale * layer.mean + layer.offset
-            self._centres.setdefault(layer.value, self._tensor(centre))
+            self._centres.setdefault(layer.value, self._tensor(layer.mean))
+        self._affine = {
+            value: (self._tensor(scale), self._tensor(shift)) for value, (scale, shift) in (affine or {}).items()
+        }
 
     def _tensor(self, array: npt.ArrayLike) -> Tensor:
         return torch.as_tensor(np.asarray(array), dtype=self._dtype, device=self._device)
@@ -235,6 +230,7 @@ class BNMatcher:
                     centre,
                     per_sample=per_sample,
                     unbiased=self.loss.unbiased,
+                    affine=self._affine.get(name),
                     bounds=bounds,
                     addend=None if other is None else held[other],
                     own_gradient=own,
@@ -284,36 +280,26 @@ class BNMatcher:
                 members = [(i, layer) for i, layer in enumerate(self.layers) if forms[i] == form]
                 group = _Group(self.loss, members, len(self.layers), form)
                 second = np.sqrt(group.var + group.eps) if self.loss.moment == "std" else group.var
-                folded = bool(np.any(group.scale != 1) or np.any(group.offset != 0))
                 tensors = {"mean": self._tensor(group.mean), "second": self._tensor(second)}
                 tensors["eps"] = self._tensor(
                     group.eps if self.loss.eps is not None else np.full_like(group.eps, 1e-12)
                 )
                 tensors["var"] = self._tensor(group.var + group.eps)
                 tensors["segment"] = torch.as_tensor(group.segment, device=self._device)
-                if folded:
-                    tensors["inverse"] = self._tensor(1 / group.scale)
-                    tensors["inverse_square"] = self._tensor(1 / group.scale**2)
-                    tensors["offset"] = self._tensor(group.offset)
                 made.append((group, tensors))
             self._groups[forms] = made
         return self._groups[forms]
 
-    def _moments(
-        self, group: _Group, tensors: dict[str, Tensor], observed: Mapping[str, Observed]
-    ) -> tuple[Tensor, Tensor]:
+    def _moments(self, group: _Group, observed: Mapping[str, Observed]) -> tuple[Tensor, Tensor]:
         found = [observed[self.layers[index].value] for index in group.layers]
         mean = torch.cat([item.mean for item in found], -1)
         var = torch.cat([item.var for item in found], -1)
-        if "inverse" in tensors:
-            mean = (mean - tensors["offset"]) * tensors["inverse"]
-            var = var * tensors["inverse_square"]
         return mean, var
 
     def _gaps(
         self, group: _Group, tensors: dict[str, Tensor], observed: Mapping[str, Observed]
     ) -> tuple[Tensor, Tensor]:
-        mean, var = self._moments(group, tensors, observed)
+        mean, var = self._moments(group, observed)
         second = (var + tensors["eps"]).sqrt() if self.loss.moment == "std" else var
         return mean - tensors["mean"], second - tensors["second"]
 
@@ -364,7 +350,7 @@ class BNMatcher:
     ) -> tuple[Tensor, Tensor]:
         loss = self.loss
         if loss.norm == "kl":
-            mean, var = self._moments(group, tensors, observed)
+            mean, var = self._moments(group, observed)
             var, stored = var + tensors["eps"], tensors["var"]
             a = (mean - tensors["mean"]).square() / (2 * stored)
             b = ((stored / var).log() + var / stored - 1) / 2

@@ -71,6 +71,7 @@ class Objective:
             network.layers,
             device=device,
             dtype=dtype,
+            affine=network.affine,
             bounds=network.bounds,
             joins=network.joins,
             owned=network.owned,

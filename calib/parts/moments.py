@@ -12,6 +12,7 @@ to the gradient `g` that comes from the rest of the network, where u = 1 for the
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from zsq_deploy.calib.parts import native
 
-__all__ = ["count_of", "reduced_axes", "watch"]
+__all__ = ["Follow", "count_of", "reduced_axes", "watch"]
 
 
 def reduced_axes(rank: int, per_sample: bool) -> tuple[int, ...]:
@@ -43,29 +44,48 @@ def watch(
     *,
     per_sample: bool,
     unbiased: bool,
-    bounds: tuple[float, float] | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
     addend: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
     own_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Measure a value and pass it on, with the sum and the rectifier that follow it done on the way if wished.
+    """Measure a value and pass it on, doing on the way what follows it: a batch norm, a sum, a rectifier.
+
+    Passed on is ``limit(scale * y + shift + addend)``, each part of it only if given.
 
     Args:
         y: A value [N, C, ...]; channels-last memory is kept and is the fastest.
         centre: The mean that is expected, [C]. It only steadies the arithmetic; results do not depend on it.
         per_sample: One mean per image and channel ([N, C]) instead of one per channel ([C]).
         unbiased: Divide by n - 1 instead of n in the variance.
-        bounds: Pass on what lies within these bounds (``(0, inf)`` is a Relu, ``(0, 6)`` a Relu6): saves separate passes over memory
-            where the rectifier is all that reads the value.
-        addend: Pass on ``y + addend`` (within the bounds) instead of `y`, for the end of a residual branch; same shape as `y`.
+        affine: Scale and shift [C]: a batch norm in inference form.
+        addend: The other branch of a residual block; same shape as `y`.
+        bounds: Limits: ``(0, inf)`` is a Relu, ``(0, 6)`` a Relu6.
         own_gradient: The gradient that arrives belongs to nobody else, so it may be changed in place.
 
     Returns:
         What is passed on, the mean of y, and its variance.
     """
+    scale, shift = affine if affine is not None else (None, None)
     passed, mean, var = _Watch.apply(  # type: ignore[no-untyped-call]
-        y, addend, centre, per_sample, unbiased, bounds, own_gradient
+        y, addend, centre, scale, shift, per_sample, unbiased, bounds, own_gradient
     )
     return passed, mean, var
+
+
+@dataclass(frozen=True)
+class Follow:
+    """What follows a measured value.
+
+    Attributes:
+        scale: Of the batch norm [C], or ``None``.
+        shift: Of the batch norm [C], or ``None``.
+        bounds: Of the rectifier, or ``None``.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    bounds: tuple[float, float] | None
 
 
 def _channels(small: Tensor, rank: int) -> Tensor:
@@ -81,6 +101,8 @@ class _Watch(torch.autograd.Function):
         y: Tensor,
         addend: Tensor | None,
         centre: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
         per_sample: bool,
         unbiased: bool,
         bounds: tuple[float, float] | None,
@@ -91,11 +113,13 @@ class _Watch(torch.autograd.Function):
         fits = native.Kernels.fits(y) and (addend is None or native.Kernels.fits(addend))
         loops = native.kernels() if fits else None
         measure = _measure if loops is None else loops.measure
-        passed, mean, square = measure(y, addend, centre, per_sample, bounds)
+        follow = Follow(scale, shift, bounds)
+        passed, mean, square = measure(y, addend, centre, per_sample, follow)
         var = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).mul_(count / divisor).to(y.dtype)
         mean = mean.to(y.dtype) + centre
+        # The bounds apply to what was passed on; it can be had again from y unless something was added.
         ctx.save_for_backward(y, mean, passed if addend is not None and bounds is not None else None)
-        ctx.count, ctx.divisor, ctx.bounds, ctx.own, ctx.loops = count, divisor, bounds, own_gradient, loops
+        ctx.count, ctx.divisor, ctx.follow, ctx.own, ctx.loops = count, divisor, follow, own_gradient, loops
         ctx.joined = addend is not None
         return passed, mean, var
 
@@ -103,22 +127,21 @@ class _Watch(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, passed: Tensor | None, to_mean: Tensor | None, to_var: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        y, mean, joined = ctx.saved_tensors
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None, None]:
+        y, mean, limited = ctx.saved_tensors
         slope = torch.zeros_like(mean) if to_var is None else to_var * (2 / ctx.divisor)
         level = -slope * mean
         if to_mean is not None:
             level.add_(to_mean, alpha=1 / ctx.count)
         add = _add if ctx.loops is None else ctx.loops.add
-        limited = y if joined is None else joined
         to_y, to_addend = add(
-            passed, y, limited, level, slope, ctx.bounds, in_place=ctx.own, joined=ctx.joined and passed is not None
+            passed, y, limited, level, slope, ctx.follow, in_place=ctx.own, joined=ctx.joined and passed is not None
         )
-        return to_y, to_addend, None, None, None, None, None
+        return to_y, to_addend, None, None, None, None, None, None, None
 
 
 def _measure(
-    y: Tensor, addend: Tensor | None, centre: Tensor, per_sample: bool, bounds: tuple[float, float] | None
+    y: Tensor, addend: Tensor | None, centre: Tensor, per_sample: bool, follow: Follow
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is passed on, and the means of y - centre and of its square."""
     axes = reduced_axes(y.dim(), per_sample)
@@ -126,39 +149,46 @@ def _measure(
     mean = work.mean(axes) if axes else work.clone()
     work.square_()
     square = work.mean(axes) if axes else work.clone()
+    if follow.scale is not None and follow.shift is not None:
+        y = torch.addcmul(_channels(follow.shift, y.dim()), y, _channels(follow.scale, y.dim()), out=work)
     if addend is not None:
         y = torch.add(y, addend, out=work)
-    if bounds is None:
-        return y, mean, square
-    low, high = bounds
-    if math.isinf(high):
-        return torch.clamp_min(y, low, out=work), mean, square
-    return torch.clamp(y, low, high, out=work), mean, square
+    if follow.bounds is not None:
+        y = torch.clamp(y, *follow.bounds, out=work)
+    return y, mean, square
 
 
 def _add(
     gradient: Tensor | None,
     y: Tensor,
-    limited: Tensor,
+    limited: Tensor | None,
     level: Tensor,
     slope: Tensor,
-    bounds: tuple[float, float] | None,
+    follow: Follow,
     *,
     in_place: bool,
     joined: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient to y: what arrives, where `limited` lies within the bounds, plus level + slope * y; and the one to the addend."""
-    slope, level = _channels(slope, y.dim()), _channels(level, y.dim())
+    """The gradients to y (through what follows it, and through its moments: level + slope * y) and to the addend."""
+    rank = y.dim()
+    slope, level = _channels(slope, rank), _channels(level, rank)
     if gradient is None:
         return torch.addcmul(level, y, slope), None
-    if bounds is not None:
-        gradient = _masked(gradient, limited, bounds, in_place=in_place)
+    scale = None if follow.scale is None else _channels(follow.scale, rank)
+    if follow.bounds is not None:
+        if limited is None:
+            limited = y
+            if scale is not None and follow.shift is not None:
+                limited = torch.addcmul(_channels(follow.shift, rank), y, scale)
+        gradient = _masked(gradient, limited, follow.bounds, in_place=in_place)
         in_place = True  # after the mask the buffer is ours in any case
-    if joined:
-        return torch.addcmul(gradient, y, slope).add_(level), gradient
-    if in_place:
-        return gradient.addcmul_(y, slope).add_(level), None
-    return torch.addcmul(gradient, y, slope).add_(level), None
+    rest = gradient if joined else None
+    if scale is not None:
+        gradient, in_place = (gradient.mul_(scale) if in_place and not joined else gradient * scale), True
+    elif joined:
+        in_place = False
+    total = gradient.addcmul_(y, slope) if in_place else torch.addcmul(gradient, y, slope)
+    return total.add_(level), rest
 
 
 def _masked(gradient: Tensor, y: Tensor, bounds: tuple[float, float], *, in_place: bool) -> Tensor:

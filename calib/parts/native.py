@@ -1,8 +1,7 @@
 """The two memory-bound loops of statistics matching in C, for machines with a compiler; everything works without one, slower.
 
-Between two convolutions synthesis has to sum a map and its square, limit it, and later add a closed-form gradient under a mask. With torch
-operators that is eight passes over memory forward and eight backward; here it is one and one. The source is below, sixty
-lines; it is compiled once per process for the processor at hand (about a second) and loaded with ctypes.
+Between two convolutions synthesis has to sum a map and its square, normalise and limit it, and later add a closed-form gradient under a mask. With torch
+operators that is eight passes over memory forward and eight backward; here it is one and one. The source is below; it is compiled once per process for the processor at hand (about a second) and loaded with ctypes.
 
 ``ZSQ_NATIVE=0`` in the environment switches it off.
 """
@@ -20,10 +19,13 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from zsq_deploy.calib.parts.moments import Follow
 
 __all__ = ["Kernels", "kernels"]
 
@@ -33,12 +35,12 @@ _SOURCE = r"""
 
 #define BLOCK 64
 
-/* sums[i][c] = sum of (y - centre), squares[i][c] = sum of (y - centre)^2; out = min(max(y + addend, low), high).
-   addend may be NULL (zero), and out too (nothing is written).
+/* sums[i][c] = sum of (y - centre), squares[i][c] = sum of (y - centre)^2;
+   out = min(max(scale * y + shift + addend, low), high). addend may be NULL (zero), and out too (nothing is written).
    Blocks of rows are summed in float and added up in double, so that large maps lose nothing. */
 void watch_forward(const float *restrict y, const float *restrict addend, const float *restrict centre,
-                   float *restrict out, float low, float high,
-                   double *restrict sums, double *restrict squares, float *restrict scratch,
+                   const float *restrict scale, const float *restrict shift, float *restrict out,
+                   float low, float high, double *restrict sums, double *restrict squares, float *restrict scratch,
                    ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide)
 {
     float *restrict s = scratch;
@@ -57,7 +59,7 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
                     const float *restrict more = addend + at;
                     float *restrict to = out + at;
                     for (ptrdiff_t c = 0; c < wide; c++) {
-                        float v = from[c] + more[c], d = from[c] - centre[c];
+                        float v = from[c] * scale[c] + shift[c] + more[c], d = from[c] - centre[c];
                         s[c] += d;
                         q[c] += d * d;
                         v = v < low ? low : v;
@@ -66,7 +68,7 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
                 } else if (out) {
                     float *restrict to = out + at;
                     for (ptrdiff_t c = 0; c < wide; c++) {
-                        float v = from[c], d = v - centre[c];
+                        float v = from[c] * scale[c] + shift[c], d = from[c] - centre[c];
                         s[c] += d;
                         q[c] += d * d;
                         v = v < low ? low : v;
@@ -88,10 +90,12 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
     }
 }
 
-/* rest = gradient where low < limited < high, else 0; out = rest + level[i][c] + slope[i][c] * y.
-   gradient may be NULL (zero); rest may be NULL (not wanted) or equal to gradient; without rest, out may equal gradient. */
-void watch_backward(const float *gradient, const float *y, const float *limited, const float *restrict level,
-                    const float *restrict slope, float *out, float *rest, float low, float high,
+/* pass = gradient where low < limited < high, else 0; out = scale * pass + level[i][c] + slope[i][c] * y; rest = pass.
+   gradient may be NULL (zero); limited may be NULL (scale * y + shift); rest may be NULL (not wanted) or equal to gradient;
+   without rest, out may equal gradient. */
+void watch_backward(const float *gradient, const float *y, const float *limited, const float *restrict scale,
+                    const float *restrict shift, const float *restrict level, const float *restrict slope,
+                    float *out, float *rest, float low, float high,
                     ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide, ptrdiff_t stride)
 {
     for (ptrdiff_t i = 0; i < images; i++) {
@@ -99,25 +103,34 @@ void watch_backward(const float *gradient, const float *y, const float *limited,
         const float *restrict b = slope + i * stride;
         for (ptrdiff_t r = 0; r < rows; r++) {
             ptrdiff_t at = (i * rows + r) * wide;
-            const float *from = y + at, *mask = limited + at;
+            const float *from = y + at;
             float *to = out + at;
             if (gradient && rest) {
-                const float *g = gradient + at;
+                const float *g = gradient + at, *mask = limited ? limited + at : NULL;
                 float *keep = rest + at;
+                if (mask) {
 #pragma GCC ivdep
-                for (ptrdiff_t c = 0; c < wide; c++) {
-                    float v = mask[c];
-                    float pass = (v > low) & (v < high) ? g[c] : 0.0f;
-                    keep[c] = pass;
-                    to[c] = pass + (a[c] + b[c] * from[c]);
+                    for (ptrdiff_t c = 0; c < wide; c++) {
+                        float v = mask[c];
+                        float pass = (v > low) & (v < high) ? g[c] : 0.0f;
+                        keep[c] = pass;
+                        to[c] = scale[c] * pass + (a[c] + b[c] * from[c]);
+                    }
+                } else {
+#pragma GCC ivdep
+                    for (ptrdiff_t c = 0; c < wide; c++) {
+                        float pass = g[c];
+                        keep[c] = pass;
+                        to[c] = scale[c] * pass + (a[c] + b[c] * from[c]);
+                    }
                 }
             } else if (gradient) {
                 const float *g = gradient + at;
 #pragma GCC ivdep
                 for (ptrdiff_t c = 0; c < wide; c++) {
-                    float v = mask[c];
+                    float v = from[c] * scale[c] + shift[c];
                     float pass = (v > low) & (v < high) ? g[c] : 0.0f;
-                    to[c] = pass + (a[c] + b[c] * from[c]);
+                    to[c] = scale[c] * pass + (a[c] + b[c] * from[c]);
                 }
             } else {
 #pragma GCC ivdep
@@ -137,8 +150,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._forward, self._backward = library.watch_forward, library.watch_backward
         pointer, size, real = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
-        self._forward.argtypes = [pointer] * 4 + [real] * 2 + [pointer] * 3 + [size] * 3
-        self._backward.argtypes = [pointer] * 7 + [real] * 2 + [size] * 4
+        self._forward.argtypes = [pointer] * 6 + [real] * 2 + [pointer] * 3 + [size] * 3
+        self._backward.argtypes = [pointer] * 9 + [real] * 2 + [size] * 4
         self._forward.restype = self._backward.restype = None
         self._pool: ThreadPoolExecutor | None = None
 
@@ -176,24 +189,22 @@ class Kernels:
             job.result()
 
     def measure(
-        self,
-        y: Tensor,
-        addend: Tensor | None,
-        centre: Tensor,
-        per_sample: bool,
-        bounds: tuple[float, float] | None,
+        self, y: Tensor, addend: Tensor | None, centre: Tensor, per_sample: bool, follow: Follow
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is passed on (y + addend within the bounds), and the means of y - centre and of its square, float64 [N, C] or [C]."""
+        """What is passed on, and the means of y - centre and of its square, float64 [N, C] or [C]."""
         images, channels = y.shape[:2]
         rows, wide, beside = self._layout(y)
-        low, high = bounds if bounds is not None else (-math.inf, math.inf)
-        out = torch.empty_like(y) if bounds is not None or addend is not None else None
+        low, high = follow.bounds if follow.bounds is not None else (-math.inf, math.inf)
+        plain = follow.bounds is None and follow.scale is None and addend is None
+        out = None if plain else torch.empty_like(y)
         sums = torch.empty((2, images, wide), dtype=torch.float64)
         scratch = torch.empty((torch.get_num_threads() + 1, 2 * wide + 32))
-        shifted = centre.repeat(beside) if beside > 1 else centre.contiguous()
+        constants = self._affine(follow, channels, beside)
+        expected = centre.repeat(beside)
         step, big, lane = rows * wide * 4, wide * 8, scratch.stride(0) * 4
         start, more, result = y.data_ptr(), _address(addend), _address(out)
-        first, work, middle = sums.data_ptr(), scratch.data_ptr(), shifted.data_ptr()
+        first, work, middle = sums.data_ptr(), scratch.data_ptr(), expected.data_ptr()
+        scale, shift = constants[0].data_ptr(), constants[1].data_ptr()
         second = first + images * big
 
         def call(thread: int, begin: int, count: int) -> None:
@@ -201,6 +212,8 @@ class Kernels:
                 start + begin * step,
                 more + begin * step if more else None,
                 middle,
+                scale,
+                shift,
                 result + begin * step if result else None,
                 low,
                 high,
@@ -218,46 +231,52 @@ class Kernels:
         total = total / pixels if per_sample else total.sum(1) / (pixels * images)
         return y if out is None else out, total[0], total[1]
 
+    @staticmethod
+    def _affine(follow: Follow, channels: int, beside: int) -> Tensor:
+        """Scale and shift, [2, wide]."""
+        if follow.scale is None or follow.shift is None:
+            return torch.stack([torch.ones(channels * beside), torch.zeros(channels * beside)])
+        return torch.stack([follow.scale, follow.shift]).repeat(1, beside)
+
     def add(
         self,
         gradient: Tensor | None,
         y: Tensor,
-        limited: Tensor,
+        limited: Tensor | None,
         level: Tensor,
         slope: Tensor,
-        bounds: tuple[float, float] | None,
+        follow: Follow,
         *,
         in_place: bool,
         joined: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradient to y: what arrives, where `limited` lies within the bounds, plus level + slope * y ([N, C] or [C]).
-
-        Returns:
-            That, and, when `joined`, the gradient to the addend: what arrives within the bounds.
-        """
-        low, high = bounds if bounds is not None else (-math.inf, math.inf)
+        """The gradients to y (through what follows it, and through its moments: level + slope * y) and to the addend."""
+        low, high = follow.bounds if follow.bounds is not None else (-math.inf, math.inf)
         if gradient is not None and not gradient.is_contiguous(memory_format=torch.channels_last):
             gradient, in_place = gradient.contiguous(memory_format=torch.channels_last), True
         rest = None
         if joined and gradient is not None:
-            rest = gradient if in_place or bounds is None else torch.empty_like(y)
+            rest = gradient if in_place or follow.bounds is None else torch.empty_like(y)
             out = torch.empty_like(y)
         else:
             out = gradient if in_place and gradient is not None else torch.empty_like(y)
         rows, wide, beside = self._layout(y)
+        constants = self._affine(follow, y.shape[1], beside)
         levels, slopes = (item.reshape(-1, y.shape[1]).repeat(1, beside) for item in (level, slope))
         stride = wide if levels.shape[0] > 1 else 0
         step = rows * wide * 4
         start, result, source = y.data_ptr(), out.data_ptr(), _address(gradient)
-        mask, other = limited.data_ptr(), _address(rest if bounds is not None else None)
-        a, b = levels.data_ptr(), slopes.data_ptr()
+        mask, other = _address(limited), _address(rest)
+        scale, shift, a, b = constants[0].data_ptr(), constants[1].data_ptr(), levels.data_ptr(), slopes.data_ptr()
 
         def call(thread: int, begin: int, count: int) -> None:
             del thread
             self._backward(
                 source + begin * step if source else None,
                 start + begin * step,
-                mask + begin * step,
+                mask + begin * step if mask else None,
+                scale,
+                shift,
                 a + begin * stride * 4,
                 b + begin * stride * 4,
                 result + begin * step,

@@ -1,33 +1,33 @@
-"""The network as synthesis runs it: batch norms folded away where that is exact, statistics watched where they are cheapest.
+"""The network as synthesis runs it: what follows a measured value is done while it is measured.
 
-The distance to stored statistics is defined on what *enters* each batch norm, z. Where a convolution stands in front, the batch norm is
-folded into it, so that only y = a z + b exists; the statistics of z follow from those of y channel by channel, so the folded
-network gives the same loss for one pass over memory less per layer. That needs a scale `a` that float32 can undo: a layer in
-which some channel's spread drowns in its offset (dead channels, mostly) stays unfolded.
+The distance to stored statistics is defined on what enters each batch norm. Statistics need one pass over that value; the batch norm itself, the
+sum at the end of a residual branch and the rectifier behind them are element by element and ride along (see
+:func:`~.moments.watch`). So they are taken out of the graph here, wherever nothing else reads the values between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from zsq_deploy.calib.parts.bn_loss import BNLayer
 from zsq_deploy.calib.parts.swing import swing_edges
 from zsq_deploy.model.graph import Graph, attributes
 
-__all__ = ["SynthesisNetwork", "bn_layers", "prepare"]
+__all__ = ["SynthesisNetwork", "prepare"]
+
+Float64 = npt.NDArray[np.float64]
 
 # A Relu or Clip that alone reads a watched value is applied by the watch itself.
 _RECTIFIERS = ("Relu", "Clip")
 # Operators whose backward makes a new tensor, so that the gradient they send may be changed in place. An Add, for example,
 # sends the same tensor to both of its inputs.
 _FRESH_GRADIENT = frozenset({"Conv", "Relu", "Clip", "LeakyRelu", "HardSwish", "MaxPool", "BatchNormalization"})
-# Smallest spread of a folded channel against its offset. Below it rounding of y would show in the statistics of z.
-_SPREAD_AGAINST_OFFSET = 1e-3
 
 
 class _BatchNorm(Protocol):
@@ -63,52 +63,46 @@ class SynthesisNetwork:
 
     Attributes:
         graph: Build a twin of it.
-        layers: The batch-norm layers, in graph order of the original network.
-        bounds: Watched values that a rectifier reads alone, with its bounds; the watch applies it and the graph no longer does.
-        joins: Watched values that a sum reads alone, with the value that it adds; the watch adds it and the graph no longer does.
+        layers: The batch-norm layers, in graph order.
+        affine: Watched values that their batch norm reads alone, with its scale and shift [C]; the graph no longer holds it.
+        joins: Watched values that then go into a sum alone, with the value that is added; the graph no longer holds the sum.
+        bounds: Watched values that then go into a rectifier alone, with its bounds; the graph no longer holds it.
         owned: Watched values whose gradient may be changed in place.
         edges: Inputs of strided convolutions under names of their own, for swing convolution.
-        folded: How many batch norms are folded away.
     """
 
     graph: Graph
     layers: tuple[BNLayer, ...]
-    bounds: Mapping[str, tuple[float, float]]
+    affine: Mapping[str, tuple[Float64, Float64]]
     joins: Mapping[str, str]
+    bounds: Mapping[str, tuple[float, float]]
     owned: frozenset[str]
     edges: tuple[str, ...]
-    folded: int
 
 
-def bn_layers(batch_norms: Sequence[_BatchNorm], folded: frozenset[str] = frozenset()) -> tuple[BNLayer, ...]:
-    """The layers to match; those whose node name is in `folded` are watched at the batch norm's output."""
-    layers = []
-    for bn in batch_norms:
-        if bn.node in folded:
-            scale = bn.gamma / np.sqrt(bn.var + bn.eps)
-            offset = bn.beta - scale * bn.mean
-            layers.append(BNLayer(bn.node, bn.output, bn.mean, bn.var, bn.eps, scale, offset, direct=True))
-        else:
-            layers.append(BNLayer(bn.node, bn.input, bn.mean, bn.var, bn.eps, direct=bn.conv is not None))
-    return tuple(layers)
-
-
-def prepare(model: _Model, *, fast: bool = True, swing: bool = False) -> SynthesisNetwork:
+def prepare(
+    model: _Model, *, hook: Literal["bn_in", "conv_out"] = "bn_in", fast: bool = True, swing: bool = False
+) -> SynthesisNetwork:
     """Make the network that synthesis runs.
 
     Args:
         model: The network, batch norms in place.
-        fast: Fold batch norms and fuse rectifiers; ``False`` keeps the graph as it is (for checks, and for comparison).
+        hook: The loss's (see :class:`~.bn_loss.BNLoss`): a batch norm that it leaves out stays in the graph.
+        fast: Do what follows a watched value while watching it; ``False`` keeps the graph as it is (for checks).
         swing: Name the inputs of strided convolutions.
     """
     batch_norms = list(model.batch_norms())
-    graph, folded = (_fold(model.graph, batch_norms)) if fast else (model.graph, frozenset[str]())
-    layers = bn_layers(batch_norms, folded)
-    bounds: dict[str, tuple[float, float]] = {}
+    layers = tuple(
+        BNLayer(bn.node, bn.input, bn.mean, bn.var, bn.eps, direct=bn.conv is not None) for bn in batch_norms
+    )
+    graph = model.graph
+    affine: dict[str, tuple[Float64, Float64]] = {}
     joins: dict[str, str] = {}
+    bounds: dict[str, tuple[float, float]] = {}
     if fast:
-        graph, bounds = _fuse_rectifiers(graph, layers)
-        graph, joins = _fuse_sums(graph, layers, bounds)
+        graph, affine = _absorb(graph, [bn for bn in batch_norms if hook == "bn_in" or bn.conv is not None])
+        graph, bounds = _fuse_rectifiers(graph, list(affine))
+        graph, joins = _fuse_sums(graph, list(affine), bounds)
     # A value that is added without a rectifier behind shares its gradient with the sum.
     shared = {addend for value, addend in joins.items() if value not in bounds}
     owned = frozenset(
@@ -119,28 +113,28 @@ def prepare(model: _Model, *, fast: bool = True, swing: bool = False) -> Synthes
         and all(_sends_fresh(node) for node in graph.consumers(layer.value))
     )
     graph, edges = swing_edges(graph) if swing else (graph, ())
-    return SynthesisNetwork(graph, layers, bounds, joins, owned, edges, len(folded))
+    return SynthesisNetwork(graph, layers, affine, joins, bounds, owned, edges)
 
 
 def _sends_fresh(node: onnx.NodeProto) -> bool:
     return node.op_type in _FRESH_GRADIENT and node.domain in ("", "ai.onnx")
 
 
-def _fold(graph: Graph, batch_norms: Sequence[_BatchNorm]) -> tuple[Graph, frozenset[str]]:
-    from zsq_deploy.model import fold
-
-    proto = graph.editable()
-    present = {output.name for output in proto.graph.output}
+def _absorb(graph: Graph, batch_norms: Sequence[_BatchNorm]) -> tuple[Graph, dict[str, tuple[Float64, Float64]]]:
+    """Take out each batch norm that alone reads its input; its readers read the input under the watch instead."""
+    inputs = {bn.input for bn in batch_norms}
+    affine: dict[str, tuple[Float64, Float64]] = {}
+    renamed: dict[str, str] = {}
+    removed: set[str] = set()
     for bn in batch_norms:
-        spread = np.abs(bn.gamma) * np.sqrt(bn.var / (bn.var + bn.eps))
-        exact = bool(np.all((spread > _SPREAD_AGAINST_OFFSET * np.abs(bn.beta)) & (spread > 1e-10)))
-        if bn.conv is not None and not exact and bn.input not in present:
-            # A value that the outside wants to see cannot be folded away.
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(bn.input, onnx.TensorProto.FLOAT, None))
-            present.add(bn.input)
-    folded = fold(Graph(proto))
-    # A layer that carries the batch norm's own name is an affine layer in its place: nothing was folded there.
-    return folded.graph, frozenset(bn.node for layer, bn in folded.batch_norms.items() if layer != bn.node)
+        alone = len(graph.consumers(bn.input)) == 1 and not graph.is_output(bn.input)
+        if not alone or graph.is_output(bn.output) or bn.output in inputs:
+            continue
+        scale = bn.gamma / np.sqrt(bn.var + bn.eps)
+        affine[bn.input] = (scale, bn.beta - scale * bn.mean)
+        renamed[bn.output] = bn.input
+        removed.add(bn.node)
+    return (_rewritten(graph, graph.nodes, removed, renamed), affine) if removed else (graph, {})
 
 
 def _bounds_of(graph: Graph, node: onnx.NodeProto) -> tuple[float, float] | None:
@@ -157,15 +151,14 @@ def _bounds_of(graph: Graph, node: onnx.NodeProto) -> tuple[float, float] | None
     return float(sides[0]), float(sides[1])
 
 
-def _fuse_rectifiers(graph: Graph, layers: Sequence[BNLayer]) -> tuple[Graph, dict[str, tuple[float, float]]]:
+def _fuse_rectifiers(graph: Graph, watched: Sequence[str]) -> tuple[Graph, dict[str, tuple[float, float]]]:
     """Take out each Relu or Clip that alone reads a watched value; its readers read the watched value instead."""
-    watched = [layer.value for layer in layers]
     bounds: dict[str, tuple[float, float]] = {}
     renamed: dict[str, str] = {}
     removed: set[str] = set()
-    for value in dict.fromkeys(watched):
+    for value in watched:
         consumers = graph.consumers(value)
-        if watched.count(value) > 1 or graph.is_output(value) or len(consumers) != 1:
+        if len(consumers) != 1:
             continue
         node = consumers[0]
         if node.op_type not in _RECTIFIERS or node.domain not in ("", "ai.onnx"):
@@ -180,13 +173,12 @@ def _fuse_rectifiers(graph: Graph, layers: Sequence[BNLayer]) -> tuple[Graph, di
 
 
 def _fuse_sums(
-    graph: Graph, layers: Sequence[BNLayer], bounds: dict[str, tuple[float, float]]
+    graph: Graph, watched: Sequence[str], bounds: dict[str, tuple[float, float]]
 ) -> tuple[Graph, dict[str, str]]:
     """Take out each Add that alone reads a watched value, and a rectifier behind it; `bounds` gets the rectifier's.
 
     The layer that makes the watched value moves to the place of the Add, where the other summand exists.
     """
-    watched = [layer.value for layer in layers]
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     joins: dict[str, str] = {}
     renamed: dict[str, str] = {}
@@ -203,9 +195,8 @@ def _fuse_sums(
         free = [
             name
             for name in node.input
-            if watched.count(name) == 1
+            if name in watched
             and name not in bounds
-            and not graph.is_output(name)
             and len(graph.consumers(name)) == 1
             and graph.producer(name) is not None
         ]

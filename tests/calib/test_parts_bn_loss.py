@@ -32,19 +32,13 @@ FORMS = {
 
 
 def network_maps(seed: int, batch: int = 5, dtype: type = np.float64) -> tuple[list[np.ndarray], list[BNLayer]]:
-    """Maps as three layers would see them, and layers with other statistics; the second is watched behind its batch norm."""
+    """Maps as three layers would see them, and layers with other statistics."""
     random = np.random.default_rng(seed)
     shapes = [(batch, 4, 6, 5), (batch, 7, 3, 3), (batch, 2, 4, 4)]
     maps, layers = [], []
     for number, shape in enumerate(shapes):
         channels = shape[1]
         maps.append((random.normal(size=shape) * random.uniform(0.5, 2, (1, channels, 1, 1)) + 0.3).astype(dtype))
-        scale, offset = None, None
-        if number == 1:
-            scale, offset = (
-                random.uniform(0.3, 2, channels) * random.choice([-1, 1], channels),
-                random.normal(size=channels),
-            )
         layers.append(
             BNLayer(
                 f"bn{number}",
@@ -52,8 +46,6 @@ def network_maps(seed: int, batch: int = 5, dtype: type = np.float64) -> tuple[l
                 random.normal(size=channels),
                 random.uniform(0.2, 3, channels),
                 1e-3,
-                scale,
-                offset,
             )
         )
     return maps, layers
@@ -66,8 +58,6 @@ def reference(
     total, count, batch = 0.0, len(layers), maps[0].shape[0]
     for index, (y, layer) in enumerate(zip(maps, layers, strict=True)):
         z = y
-        if layer.scale is not None:
-            z = (y - layer.offset.reshape(1, -1, 1, 1)) / layer.scale.reshape(1, -1, 1, 1)
         axes = (2, 3) if loss.per_sample else (0, 2, 3)
         mean, var = z.mean(axes), z.var(axes, ddof=int(loss.unbiased))
         eps_stored = layer.eps if loss.eps is None else loss.eps
@@ -144,8 +134,6 @@ def slack_of(loss: BNLoss, noise: list[list[np.ndarray]], layers: list[BNLayer])
         means, seconds = [], []
         for maps in noise:
             z = maps[index]
-            if layer.scale is not None:
-                z = (z - layer.offset.reshape(1, -1, 1, 1)) / layer.scale.reshape(1, -1, 1, 1)
             means.append(np.abs(z.mean((2, 3)) - layer.mean).ravel())
             deviation = np.sqrt(z.var((2, 3), ddof=1) + loss.eps) - np.sqrt(layer.var + loss.eps)
             seconds.append(np.abs(deviation).ravel())
@@ -232,11 +220,12 @@ def test_choices_that_make_no_sense_are_refused(options: dict) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("bounds", [None, (0.0, np.inf), (0.0, 1.0), (-0.5, np.inf)])
+@pytest.mark.parametrize("bounds", [None, (0.0, np.inf), (-0.5, 1.0)])
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (4, 16, 8, 8), (2, 3, 9, 9), (1, 70, 5, 5), (5, 8, 2, 6)])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (4, 16, 8, 8), (1, 70, 5, 5)])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
 def test_watch_against_autograd(
     compiled: bool,
     bounds: tuple | None,
@@ -244,6 +233,7 @@ def test_watch_against_autograd(
     shape: tuple,
     own: bool,
     joined: bool,
+    normed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both implementations, in float32, against torch's own differentiation of the plain formula in float64."""
@@ -259,7 +249,12 @@ def test_watch_against_autograd(
     exact = y.double().requires_grad_()
     more = torch.randn(shape, generator=generator) if joined else torch.zeros(shape)
     exact_more = more.double().requires_grad_()
+    affine = None
     total = exact + exact_more
+    if normed:
+        affine = (torch.randn(shape[1], generator=generator), torch.randn(shape[1], generator=generator))
+        scale, shift = (part.double().view(1, -1, 1, 1) for part in affine)
+        total = exact * scale + shift + exact_more
     passed = total if bounds is None else total.clamp(*bounds)
     mean, var = exact.mean(axes), exact.var(axes, correction=1)
     toward = torch.randn(mean.shape, generator=generator)
@@ -272,11 +267,12 @@ def test_watch_against_autograd(
         torch.randn(shape[1], generator=generator),
         per_sample=per_sample,
         unbiased=True,
+        affine=affine,
         bounds=bounds,
         addend=mine_more * 1 if joined else None,
         own_gradient=own,
     )
-    torch.testing.assert_close(out, passed.float(), rtol=0, atol=0)
+    torch.testing.assert_close(out, passed.float(), rtol=0, atol=1e-5 if normed else 0)
     torch.testing.assert_close(m.double(), mean, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(v.double(), var, rtol=2e-5, atol=1e-6)
     ((out * weight).sum() + (m * toward).sum() * 40 + (v * toward).sum() * 30).backward()

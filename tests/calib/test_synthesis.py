@@ -174,11 +174,14 @@ def test_loss_and_gradient_are_the_eager_ones(
 def test_every_layer_is_watched_where_it_can_be(everything: tuple[nn.Module, Model]) -> None:
     network = prepare(everything[1])
     assert len(network.layers) == 6
-    assert network.folded == 4  # not the one behind the concatenation, not the one with dead channels
-    assert len(network.bounds) == 4  # stem, point, inner (behind the sum), last
-    assert len(network.joins) == 1
+    assert len(network.affine) == 6
+    assert len(network.bounds) == 6
+    assert len(network.joins) == 1  # the inner one goes into a sum
+    assert {node.op_type for node in network.graph}.isdisjoint({"BatchNormalization", "Relu", "Clip", "Add"})
+    only_conv = prepare(everything[1], hook="conv_out")
+    assert len(only_conv.affine) == 5  # the one behind the concatenation stays
     plain = prepare(everything[1], fast=False)
-    assert (plain.folded, len(plain.bounds), len(plain.joins)) == (0, 0, 0)
+    assert (len(plain.affine), len(plain.bounds), len(plain.joins)) == (0, 0, 0)
     assert len(prepare(everything[1], swing=True).edges) == 2
 
 
