@@ -34,7 +34,17 @@ Tap = Callable[[Tensor], Tensor | None]
 
 _ABSENT = 0  # the slot of inputs that are not given: always None
 _SHAPE_TYPES = (torch.int64, torch.int32, torch.bool)
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+# operators that are never taken for shape arithmetic: quantizers belong to the data, sequences are no tensors
+_DATA_ONLY = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "SplitToSequence",
+    "SequenceConstruct",
+    "SequenceAt",
+    "SequenceLength",
+    "ConcatFromSequence",
+)
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ class Twin(nn.Module):
         scalars = {name for name, tensor in constants.items() if tensor.is_floating_point() and tensor.numel() == 1}
         folded: dict[str, Tensor] = {}
         for proto in self.graph:
-            if proto.op_type == "Constant" or proto.op_type in _QUANTIZERS:
+            if proto.op_type == "Constant" or proto.op_type in _DATA_ONLY:
                 continue
             inputs = [name for name in proto.input if name]
             outputs = [name for name in proto.output if name]

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from zsq_deploy.model.graph import Graph
 
 sys.path.insert(0, str(Path(__file__).parent))
 from one_node import Array, by_runtime, by_twin, one_node
@@ -137,3 +141,108 @@ def test_exact_integer_operators() -> None:
     scale, zero = np.float32(0.02).reshape(()), np.uint8(128).reshape(())
     inputs = [a, scale, zero, b, scale, np.int8(0).reshape(()), np.float32(1.3).reshape(()), zero]
     compare("QLinearMatMul", inputs, atol=0, constants=range(1, 8))
+
+
+@pytest.mark.parametrize("centred", [0, 1])
+def test_suppression_of_overlapping_boxes(centred: int) -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        batch, kinds, count = int(rng.integers(1, 3)), int(rng.integers(1, 4)), int(rng.integers(1, 60))
+        corners = rng.random((batch, count, 4)) * (10, 10, 5, 5) if centred else rng.random((batch, count, 4)) * 10
+        scores = np.round(rng.random((batch, kinds, count)), 2)  # with equal scores among them
+        inputs: list[Array | None] = [
+            corners.astype(np.float32),
+            scores.astype(np.float32),
+            rng.integers(0, 20, 1),
+            rng.choice(np.array([0, 0.3, 0.5, 0.7, 1.0], np.float32), 1),
+        ]
+        if rng.random() < 0.7:
+            inputs.append(rng.choice(np.array([0, 0.2, 0.5], np.float32), 1))
+        compare("NonMaxSuppression", inputs, atol=0, center_point_box=centred)
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("transformation", ["half_pixel", "output_half_pixel"])
+def test_region_alignment(mode: str, transformation: str) -> None:
+    rng = np.random.default_rng(4)
+    start = rng.random((5, 2)) * 6 - 1
+    regions = np.concatenate([start, start + rng.random((5, 2)) * 8], 1).astype(np.float32)
+    for ratio in (0, 1, 3):
+        compare(
+            "RoiAlign",
+            [noise(2, 3, 9, 8), regions, rng.integers(0, 2, 5)],
+            mode=mode,
+            coordinate_transformation_mode=transformation,
+            output_height=3,
+            output_width=2,
+            sampling_ratio=ratio,
+            spatial_scale=0.8,
+        )
+
+
+def test_resampling_on_grids() -> None:
+    for mode, padding, align in itertools.product(
+        ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection"), (0, 1)
+    ):
+        grid = np.random.default_rng(2).uniform(-1.3, 1.3, (2, 5, 4, 2)).astype(np.float32)
+        compare(
+            "GridSample", [noise(2, 3, 6, 7), grid], mode=mode, padding_mode=padding, align_corners=align, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "add", "mul"])
+def test_scattering(reduction: str) -> None:
+    index = np.array([[0, 2], [1, -1], [-2, 0]], np.int64)
+    compare("ScatterND", [noise(3, 4, 5), index, noise(3, 5, seed=1)], reduction=reduction)
+    places = np.array([[0, 2, -1], [1, 0, 2]], np.int64)
+    compare("ScatterElements", [noise(3, 5), places, noise(2, 3, seed=1)], axis=1, reduction=reduction)
+
+
+def test_slices_of_every_kind() -> None:
+    x = noise(5, 7)
+    numbers = (-9, -5, -1, 0, 2, 6, 9)
+    for start, end, step in itertools.product(numbers, numbers, (-3, -1, 1, 2)):
+        given = [np.array([value], np.int64) for value in (start, end, 1, step)]
+        compare("Slice", [x, *given], atol=0)
+
+
+def test_parts_of_a_tensor_as_a_sequence() -> None:
+    """Cut apart in every way, picked by place, counted, and joined again in another order."""
+    x = noise(2, 7, 3)
+    for split, keep in ((np.array(3, np.int64), 1), (np.array([1, 4, 2], np.int64), 1), (None, 1), (None, 0)):
+        parts = ["x"] if split is None else ["x", "split"]
+        nodes = [
+            helper.make_node("SplitToSequence", parts, ["s"], axis=1, keepdims=keep),
+            helper.make_node("SequenceAt", ["s", "last"], ["a"]),
+            helper.make_node("SequenceAt", ["s", "first"], ["b"]),
+            helper.make_node("SequenceConstruct", ["a", "b", "a"], ["t"]),
+            helper.make_node("ConcatFromSequence", ["t"], ["joined"], axis=1),
+            helper.make_node("ConcatFromSequence", ["s"], ["all"], axis=1, new_axis=0 if keep else 1),
+            helper.make_node("SequenceLength", ["s"], ["count"]),
+        ]
+        constants = {"last": np.array(-1, np.int64), "first": np.array(0, np.int64)}
+        if split is not None:
+            constants["split"] = split
+        names = ["a", "joined", "all", "count"]
+        graph = helper.make_graph(
+            nodes,
+            "parts",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 7, 3])],
+            [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in names],
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        net = Graph(onnx.shape_inference.infer_shapes(model))
+        expected, found = by_runtime(net, {"x": x}), by_twin(net, {"x": x})
+        for name in names:
+            np.testing.assert_array_equal(found[name], expected[name])
+        np.testing.assert_array_equal(found["all"], x)
+
+
+def test_padding_of_every_kind() -> None:
+    x = noise(2, 3, 5)
+    for mode in ("constant", "reflect", "edge"):
+        for pads in ([0, 1, 2, 0, 0, 3], [0, 0, -1, 1, 1, 2] if mode == "constant" else [0, 2, 0, 0, 1, 4]):
+            compare("Pad", [x, np.array(pads, np.int64)], mode=mode, atol=0)
+    compare("Pad", [x, np.array([1, 2], np.int64), np.array(3.5, np.float32), np.array([-1])], opset=18, atol=0)
+    compare("Pad", [x, np.array([4, 7], np.int64), None, np.array([-1])], opset=19, mode="wrap", atol=0)

@@ -21,6 +21,7 @@ from zsq_deploy.model.ops import (
     quantize,
     reduce,
     resize,
+    sequence,
     shape,
 )
 from zsq_deploy.model.ops.registry import OPS, OPSETS, Kernel, Node, OpImpl, UnsupportedVariantError, op
@@ -42,6 +43,7 @@ FAMILIES = (
     quantize,
     reduce,
     resize,
+    sequence,
     shape,
 )
 

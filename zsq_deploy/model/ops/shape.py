@@ -142,7 +142,7 @@ def slice_(node: Node) -> Kernel:
             else:
                 # the far end of a backward slice is "before the first": anything at or below -length - 1
                 lower = -1 if end < -length else (end + length if end < 0 else min(end, length - 1))
-                upper = begin + length if begin < 0 else min(begin, length - 1)
+                upper = max(0, begin + length) if begin < 0 else min(begin, length - 1)
                 places = range(upper, lower, step)
                 if not places:
                     x = x.narrow(axis, 0, 0)
