@@ -6,20 +6,21 @@ or the new one and nothing else, also when the disk fills up or the process is k
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
 
-from zsq_deploy.errors import OutputExistsError, ZsqError
+from zsq_deploy.errors import OutputExistsError, StaleArtifactError, UsageError, ZsqError
 
 __all__ = [
     "OutputFolder",
@@ -28,6 +29,7 @@ __all__ = [
     "digest_bytes",
     "digest_file",
     "digest_json",
+    "explain_os_error",
     "read_json",
     "write_json",
 ]
@@ -68,6 +70,33 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 remedy="choose another output folder with -o/--output, or change its permissions",
             ) from error
         raise
+
+
+def explain_os_error(error: OSError) -> ZsqError | None:
+    """What the system says about a file or disk, as an error with a remedy; ``None`` if it is about something else."""
+    name = error.filename if isinstance(error.filename, str) else None
+    try:
+        with _disk_errors(Path(name or ".")):
+            raise error
+    except ZsqError as explained:
+        if name is None:
+            explained.where = None
+        return explained
+    except OSError:
+        pass
+    remedies: dict[int | None, str] = {
+        errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another file system",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.ENOMEM: "free some memory, or use a smaller network or fewer images",
+        errno.ENOENT: "check the path",
+        errno.ENOTDIR: "check the path: a part of it is a file",
+        errno.EISDIR: "name a file, not a folder",
+        errno.EIO: "the disk reports a fault: use another one",
+        errno.ENAMETOOLONG: "use a shorter path",
+    }
+    if error.errno not in remedies:
+        return None
+    return ZsqError(str(error.strerror), where=name, remedy=remedies[error.errno])
 
 
 @contextmanager
@@ -134,22 +163,44 @@ class OutputFolder:
     """The output folder of one run: claimed before anything is written, and owned by one process at a time.
 
     A run writes a marker file first. A folder with a *finished* run is refused unless `force`; one with an *interrupted* run
-    is refused unless `force` or `resume`. A folder that holds files of somebody else is never touched.
+    is refused unless `force` or `resume`. Files of somebody else are never removed: a folder that no run has marked is refused,
+    and from a marked one only what runs wrote is removed.
 
     Args:
         path: The folder; it is made when it is missing.
         force: Replace what an earlier run left there (files of earlier runs only).
         resume: Go on with an interrupted run.
+        owns: Names in the folder that this run writes. Only these, and those that earlier runs claimed, are removed by `force`.
+        identity: What the run is, in one word (the digest of its recipe); `resume` refuses the rest of another run.
     """
 
     MARKER = ".zsq-run.json"
     LOCK = ".zsq-lock"
 
-    def __init__(self, path: Path, *, force: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        force: bool = False,
+        resume: bool = False,
+        owns: Sequence[str] = (),
+        identity: str = "",
+    ) -> None:
         self.path = Path(path)
         self.force = force
         self.resume = resume
+        self.owns = tuple(owns)
+        self.identity = identity
         self._lock: filelock.FileLock | None = None
+        self._made = False
+
+    @classmethod
+    def reopen(cls, path: Path) -> OutputFolder:
+        """The folder of a *finished* run, to write into it again (``zsq verify``); use it as a context manager.
+
+        Its result stays finished whatever happens, because each file is replaced as a whole.
+        """
+        return _Finished(path)
 
     def __enter__(self) -> OutputFolder:
         """Claim the folder.
@@ -157,24 +208,17 @@ class OutputFolder:
         Raises:
             OutputExistsError: Another run is writing here, or something is there already.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExistsError(
-                "the output is a file, not a folder",
-                where=str(self.path),
-                remedy="choose another name with -o/--output",
-            )
-        with _disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(self.path / self.LOCK)
-            try:
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout as error:
-                self._lock = None
+        for part in (self.path, *self.path.parents):
+            if part.exists() and not part.is_dir():
                 raise OutputExistsError(
-                    "another run is writing into this folder right now",
+                    "the output is a file, not a folder" if part == self.path else f"{part} is a file, not a folder",
                     where=str(self.path),
-                    remedy="wait for it to end, or choose another folder with -o/--output",
-                ) from error
+                    remedy="choose another name with -o/--output",
+                )
+        with _disk_errors(self.path):
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
             try:
                 self._claim()
             except BaseException:
@@ -182,24 +226,50 @@ class OutputFolder:
                 raise
         return self
 
-    def _claim(self) -> None:
-        marker = self.path / self.MARKER
-        others = [entry for entry in self.path.iterdir() if entry.name not in (self.MARKER, self.LOCK)]
-        if others and not marker.exists():
+    def _acquire(self) -> None:
+        self._lock = filelock.FileLock(self.path / self.LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            self._lock = None
             raise OutputExistsError(
-                f"the folder holds files that no run of zsq made ({', '.join(sorted(e.name for e in others)[:3])}, ...)",
+                "another run is writing into this folder right now",
+                where=str(self.path),
+                remedy="wait for it to end, or choose another folder with -o/--output",
+            ) from error
+
+    def _others(self) -> list[Path]:
+        return sorted(entry for entry in self.path.iterdir() if entry.name not in (self.MARKER, self.LOCK))
+
+    def _read_marker(self) -> dict[str, Any]:
+        """What the marker of an earlier run says; ``{}`` without a marker."""
+        marker = self.path / self.MARKER
+        if not marker.exists():
+            return {}
+        try:
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and isinstance(found.get("state"), str):
+                return found
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            pass
+        return {"state": "interrupted"}
+
+    def _claim(self) -> None:
+        before = self._read_marker()
+        others = self._others()
+        if others and not before:
+            names = [entry.name for entry in others]
+            raise OutputExistsError(
+                "the folder holds files that no run of zsq made "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})",
                 where=str(self.path),
                 remedy="choose an empty or new folder with -o/--output; --force does not remove other people's files",
             )
-        state = "none"
-        if marker.exists():
-            try:
-                state = str(json.loads(marker.read_text())["state"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                state = "interrupted"
+        state = before.get("state")
         if others and state == "finished" and not self.force:
             raise OutputExistsError(
-                "the folder holds the result of an earlier run",
+                "the folder holds the result of an earlier run"
+                + (", which is complete: there is nothing to resume" if self.resume else ""),
                 where=str(self.path),
                 remedy="choose another folder with -o/--output, or replace the old result with --force",
             )
@@ -209,29 +279,105 @@ class OutputFolder:
                 where=str(self.path),
                 remedy="go on with --resume, or start over with --force",
             )
-        if others and self.force and not self.resume:
-            for entry in others:
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
-        write_json(marker, {"state": "running"})
+        if others and self.resume and not self.force and before.get("identity", self.identity) != self.identity:
+            raise StaleArtifactError(
+                "the interrupted run in this folder is another one: its recipe differs",
+                where=str(self.path),
+                remedy="resume with the same options as before (they are in recipe.resolved.yaml there), or start over with --force",
+            )
+        claimed = {str(name) for name in before.get("owns", ())}
+        if self.force and not self.resume:
+            self._remove_results(claimed | set(self.owns), before.get("files"))
+        write_json(
+            self.path / self.MARKER,
+            {"state": "running", "identity": self.identity, "owns": sorted(claimed | set(self.owns))},
+        )
+
+    def _remove_results(self, owned: set[str], files: object) -> None:
+        """Remove what an earlier run wrote. Of a finished one every file is known, so that files put beside them stay."""
+        known = {self.path / str(name) for name in files} if isinstance(files, list) else None
+        for entry in (self.path / name for name in owned if Path(name).name == name):
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink(missing_ok=True)
+            elif known is None:
+                shutil.rmtree(entry)
+            else:
+                for file in sorted(entry.rglob("*"), reverse=True):
+                    if file.is_dir() and not file.is_symlink():
+                        with contextlib.suppress(OSError):  # somebody's file is in it
+                            file.rmdir()
+                    elif file in known:
+                        file.unlink()
+                with contextlib.suppress(OSError):
+                    entry.rmdir()
+
+    def _files(self) -> list[str]:
+        found: list[str] = []
+        for entry in (self.path / name for name in sorted(self.owns)):
+            if entry.is_dir() and not entry.is_symlink():
+                found.extend(str(file.relative_to(self.path)) for file in sorted(entry.rglob("*")) if not file.is_dir())
+        return found
 
     def finish(self) -> None:
         """Mark the run as complete."""
-        write_json(self.path / self.MARKER, {"state": "finished"})
+        write_json(
+            self.path / self.MARKER,
+            {"state": "finished", "identity": self.identity, "owns": sorted(self.owns), "files": self._files()},
+        )
 
     def _release(self) -> None:
         if self._lock is not None:
+            # Removed while it is still held: whoever waits for the old file notices that it is gone.
+            (self.path / self.LOCK).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
-            (self.path / self.LOCK).unlink(missing_ok=True)
 
     def __exit__(self, *error: object) -> None:
-        """Give the folder back; a run that did not :meth:`finish` stays resumable. A folder left empty is removed."""
-        marker = self.path / self.MARKER
-        if error and error[0] is not None:
-            left = [entry for entry in self.path.iterdir() if entry.name not in (self.MARKER, self.LOCK)]
-            if not left:
-                marker.unlink(missing_ok=True)
+        """Give the folder back; a run that did not :meth:`finish` stays resumable. A folder left without results is removed."""
+        if error and error[0] is not None and not [e for e in self._others() if e.name not in _CHEAP and _holds(e)]:
+            for entry in (*self._others(), self.path / self.MARKER):
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            self._release()
+            if self._made:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+            return
+        self._release()
+
+
+_CHEAP = ("recipe.resolved.yaml",)
+"""Files that are no loss: a run that ended in an error with nothing but these leaves nothing behind."""
+
+
+def _holds(entry: Path) -> bool:
+    """Whether there is a file in it."""
+    return not entry.is_dir() or any(not inner.is_dir() for inner in entry.rglob("*"))
+
+
+class _Finished(OutputFolder):
+    """A finished folder that is written to again; see :meth:`OutputFolder.reopen`."""
+
+    def __enter__(self) -> OutputFolder:
+        if not self.path.is_dir():
+            raise UsageError(
+                "there is no such folder" if not self.path.exists() else "this is a file, not a folder",
+                where=str(self.path),
+                remedy="name the output folder of zsq deploy or zsq quantize",
+            )
+        with _disk_errors(self.path):
+            before = self._read_marker()
+            self._acquire()
+        if before and before.get("state") != "finished":
+            self._release()
+            raise OutputExistsError(
+                "the run in this folder was interrupted; its engines are not complete",
+                where=str(self.path),
+                remedy="go on with it first: the same command with --resume",
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._release()

@@ -172,6 +172,11 @@ class QuantizationSection(_Section):
     search: bool = Field(
         default=True, description="Build the promising choices of what to quantize and keep the best measured engine."
     )
+    choice: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the search chose, by target; a finished run writes it here, so that running its recipe again measures "
+        "nothing and gives the same engine.",
+    )
 
 
 class GatesSection(_Section):

@@ -11,13 +11,14 @@ from typing import Any
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.synthesis import synthesize
-from zsq_deploy.errors import UsageError
+from zsq_deploy.errors import CalibrationError, StaleArtifactError, UsageError
 from zsq_deploy.model import Model
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant import Ranges, Statistics, analytic_ranges, collect
 from zsq_deploy.quant.coverage import implied_ranges, widen
+from zsq_deploy.recipe import CalibrationSection
 
-__all__ = ["OWN_CALIBRATORS", "RANGE_METHODS", "Images", "MeasuredRanges", "make_images", "measure_ranges"]
+__all__ = ["OWN_CALIBRATORS", "RANGE_METHODS", "Images", "MeasuredRanges", "images_in", "make_images", "measure_ranges"]
 
 RANGE_METHODS = ("auto", "minmax", "percentile", "entropy", "mse", "bn-analytic")
 OWN_CALIBRATORS = ("ort-minmax", "ort-entropy", "ort-percentile")
@@ -76,7 +77,7 @@ def make_images(
     """
     started = time.monotonic()
     if given is not None:
-        given.check_fits(model, same_network=False)
+        given.check_fits(model)
         kept = max(1, min(holdout, len(given) // 4))
         if len(given) < 2:
             raise UsageError(
@@ -94,8 +95,7 @@ def make_images(
             )
         # No images calibrate, but something has to be looked at to estimate the quality.
         kept_set = synthesize(model, method="fractal", images=holdout, seed=seed + 1, device=device, progress=progress)
-        note = "ranges come from batch-norm parameters alone; fractal images serve to estimate the quality"
-        return Images(None, kept_set, method, time.monotonic() - started, (note,))
+        return Images(None, kept_set, method, time.monotonic() - started, _notes_without_images())
     whole = synthesize(
         model,
         method=method,
@@ -114,6 +114,75 @@ def make_images(
         time.monotonic() - started,
         tuple(whole.manifest.notes),
     )
+
+
+def images_in(
+    root: Path,
+    model: Model,
+    spec: CalibrationSection,
+    *,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Images:
+    """The images of a run, kept in its output folder as ``calibration/`` and ``holdout/``.
+
+    With `resume`, sets that the interrupted run had finished are used again; an unfinished synthesis goes on where it stopped.
+    The caller makes sure that the folder is the rest of the same recipe.
+
+    Args:
+        root: The output folder.
+        model: The network.
+        spec: How images are made.
+        resume: Use what is there.
+        progress: Where to report.
+    """
+    if resume:
+        found = _finished_images(root, model, spec)
+        if found is not None:
+            progress.say("the images are there already: they are used again")
+            return found
+    images = make_images(
+        model,
+        method=spec.method,
+        images=spec.images,
+        holdout=spec.holdout,
+        seed=spec.seed or 0,
+        device=spec.device,
+        parameters=spec.parameters,
+        workdir=root / ".synthesis",
+        resume=resume,
+        given=CalibrationSet.open(Path(spec.set)) if spec.set else None,
+        progress=progress,
+    )
+    if images.calibration is not None:
+        images.calibration.save(root / "calibration", force=True)
+    # Written last: where it is complete, the other one is.
+    images.holdout.save(root / "holdout", force=True)
+    return images
+
+
+def _finished_images(root: Path, model: Model, spec: CalibrationSection) -> Images | None:
+    """The images of an interrupted run, if it had finished them; an unreadable set counts as unfinished."""
+    if spec.set:
+        return None  # they are the user's: cut out again, at no cost
+    known = METHODS.get(spec.method)
+    try:
+        holdout = CalibrationSet.open(root / "holdout")
+        holdout.check_fits(model)
+        if known is not None and not known.images:
+            return Images(None, holdout, spec.method, 0.0, _notes_without_images())
+        calibration = CalibrationSet.open(root / "calibration")
+        calibration.check_fits(model)
+    except (CalibrationError, StaleArtifactError):
+        return None
+    if len(calibration) != spec.images or len(holdout) != spec.holdout:
+        return None
+    manifest = calibration.manifest
+    return Images(calibration, holdout, manifest.method, float(manifest.seconds or 0.0), tuple(manifest.notes))
+
+
+def _notes_without_images() -> tuple[str, ...]:
+    return ("ranges come from batch-norm parameters alone; fractal images serve to estimate the quality",)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from zsq_deploy.artifact import OutputFolder
-from zsq_deploy.backends import get_target
+from zsq_deploy.backends import Engine, get_target
 from zsq_deploy.calib import CalibrationSet
+from zsq_deploy.errors import UsageError
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
-from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, make_images, measure_ranges
+from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
 from zsq_deploy.pipeline.engines import EngineSettings, build_engine
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
@@ -28,11 +29,14 @@ from zsq_deploy.verify import Gates, peak_rss_bytes
 
 __all__ = [
     "Outcome",
+    "check_holdout",
     "deploy",
     "evaluation_data",
     "gates_of",
     "load_recipe_model",
     "model_section",
+    "owned",
+    "pinned",
     "settings_of",
     "write_report",
 ]
@@ -56,6 +60,22 @@ class Outcome:
     def exit_code(self) -> int:
         """0: fine; 1: a gate failed."""
         return 0 if self.passed else 1
+
+
+def owned(recipe: Recipe) -> tuple[str, ...]:
+    """Everything that a run writes into its output folder."""
+    files = ("recipe.resolved.yaml", "ranges.json", "report.json", "report.html")
+    return (*files, "calibration", "holdout", ".synthesis", *recipe.targets)
+
+
+def check_holdout(recipe: Recipe) -> None:
+    """An engine is verified on images that nothing was calibrated on: there has to be one at least."""
+    if recipe.calibration.holdout < 1:
+        raise UsageError(
+            "no image is held out, and verification needs some that nothing was calibrated on",
+            where="calibration.holdout",
+            remedy="hold out 1 or more (default: 64)",
+        )
 
 
 def load_recipe_model(recipe: Recipe) -> Model:
@@ -84,6 +104,7 @@ def settings_of(recipe: Recipe) -> EngineSettings:
         search=spec.search,
         op_types=tuple(spec.op_types) if spec.op_types else None,
         exclude=tuple(spec.exclude or ()),
+        choice=dict(spec.choice),
     )
 
 
@@ -132,26 +153,11 @@ def deploy(
     data = evaluation_data(recipe, model)
     for note in model.notes:
         progress.say(note)
-    given = CalibrationSet.open(Path(recipe.calibration.set)) if recipe.calibration.set else None
-    with OutputFolder(output, force=force, resume=resume) as folder:
+    check_holdout(recipe)
+    with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")
-        images = make_images(
-            model,
-            method=recipe.calibration.method,
-            images=recipe.calibration.images,
-            holdout=recipe.calibration.holdout,
-            seed=recipe.calibration.seed or 0,
-            device=recipe.calibration.device,
-            parameters=recipe.calibration.parameters,
-            workdir=root / ".synthesis",
-            resume=resume,
-            given=given,
-            progress=progress,
-        )
-        if images.calibration is not None:
-            images.calibration.save(root / "calibration", force=True)
-        images.holdout.save(root / "holdout", force=True)
+        images = images_in(root, model, recipe.calibration, resume=resume, progress=progress)
         measured = measure_ranges(
             model,
             images,
@@ -165,6 +171,8 @@ def deploy(
         evidence = Evidence(data, images.holdout)
         sections: dict[str, Any] = {}
         for target in targets:
+            if resume:  # an engine that was not finished is built anew
+                shutil.rmtree(root / target.name, ignore_errors=True)
             built = build_engine(
                 model,
                 images,
@@ -188,6 +196,7 @@ def deploy(
             section["engine"].update(candidates=built.candidates, seconds=built.seconds)
             section["notes"].extend(built.notes)
             sections[target.name] = section
+            recipe = pinned(recipe, target.name, built.engine)
         report = finish(
             {
                 "seconds": time.monotonic() - started,
@@ -202,10 +211,22 @@ def deploy(
             gates_of(recipe),
         )
         write_report(report, root)
+        recipe.dump(root / "recipe.resolved.yaml")  # now with what the search chose
         shutil.rmtree(root / ".synthesis", ignore_errors=True)
         folder.finish()
     passed = all(gate.passed for gate in report.gates)
     return Outcome(report, output, passed)
+
+
+def pinned(recipe: Recipe, target: str, engine: Engine) -> Recipe:
+    """The recipe with what the search chose for a target, so that running it again gives the same engine.
+
+    The search measures time, and no two measurements are equal; its choice is therefore part of the resolved recipe.
+    """
+    label = engine.choices.get("label")
+    if not recipe.quantization.search or recipe.quantization.op_types is not None or not label:
+        return recipe
+    return recipe.replace({"quantization.choice": {**recipe.quantization.choice, target: str(label)}})
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from zsq_deploy.backends import Engine, Target, get_backend
-from zsq_deploy.errors import CalibrationError
+from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model import Graph, Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
 from zsq_deploy.progress import SILENT, Progress
@@ -37,6 +37,7 @@ class EngineSettings:
         exclude: Nodes that stay in float.
         quantize_outputs: Quantize the network's outputs too.
         weight_method: ``minmax`` or ``mse``.
+        choice: Target name -> what an earlier search chose for it; nothing is measured then.
     """
 
     bits: str = "w8a8"
@@ -47,6 +48,7 @@ class EngineSettings:
     exclude: tuple[str, ...] = ()
     quantize_outputs: bool = False
     weight_method: str = "minmax"
+    choice: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ def build_engine(
     candidates: list[dict[str, Any]] = []
     notes: list[str] = []
     looked_at = images.calibration if images.calibration is not None else images.holdout
-    if settings.search and settings.op_types is None:
+    pinned = settings.choice.get(target.name)
+    if pinned is not None:
+        options = _chosen_before(backend.candidates(model.folded().graph, target, options), pinned, target)
+    if settings.search and settings.op_types is None and pinned is None:
         choice = backend.choose(
             model,
             measured.ranges,
@@ -143,6 +148,17 @@ def build_engine(
         shutil.rmtree(trial, ignore_errors=True)
         shutil.rmtree(folder / "narrow", ignore_errors=True)
     return Built(engine, candidates, time.monotonic() - started, tuple(notes))
+
+
+def _chosen_before(candidates: Sequence[Any], label: str, target: Target) -> Any:
+    for options in candidates:
+        if options.label == label:
+            return options
+    raise UsageError(
+        f"there is no way {label!r} to quantize this network for {target.name}",
+        where="quantization.choice",
+        remedy=f"choose one of {', '.join(options.label for options in candidates)}, or leave it out to have it measured",
+    )
 
 
 def _candidate(item: Any, chosen: bool) -> dict[str, Any]:

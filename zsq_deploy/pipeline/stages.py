@@ -13,14 +13,17 @@ from zsq_deploy.backends import Engine, get_target
 from zsq_deploy.calib import CalibrationSet, exporters
 from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
-from zsq_deploy.pipeline.calibration import make_images, measure_ranges
+from zsq_deploy.pipeline.calibration import images_in, make_images, measure_ranges
 from zsq_deploy.pipeline.deploy import (
     Outcome,
+    check_holdout,
     deploy,
     evaluation_data,
     gates_of,
     load_recipe_model,
     model_section,
+    owned,
+    pinned,
     settings_of,
     write_report,
 )
@@ -53,7 +56,8 @@ def synthesize_set(
             f"there is no export {export!r}", where="--export", remedy=f"choose one of {', '.join(EXPORTS)}"
         )
     model = load_recipe_model(recipe)
-    with OutputFolder(output, force=force, resume=resume) as folder:
+    owns = ("calibration", ".synthesis", *EXPORTS.values())
+    with OutputFolder(output, force=force, resume=resume, owns=owns, identity=recipe.digest) as folder:
         work = folder.path / ".synthesis"
         images = make_images(
             model,
@@ -87,27 +91,12 @@ def quantize_only(
     """Build the engines of a recipe without measuring them (``zsq quantize``)."""
     targets = [get_target(name) for name in recipe.targets]
     model = load_recipe_model(recipe)
-    given = CalibrationSet.open(Path(recipe.calibration.set)) if recipe.calibration.set else None
     built: dict[str, Engine] = {}
-    with OutputFolder(output, force=force, resume=resume) as folder:
+    check_holdout(recipe)
+    with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")
-        images = make_images(
-            model,
-            method=recipe.calibration.method,
-            images=recipe.calibration.images,
-            holdout=recipe.calibration.holdout,
-            seed=recipe.calibration.seed or 0,
-            device=recipe.calibration.device,
-            parameters=recipe.calibration.parameters,
-            workdir=root / ".synthesis",
-            resume=resume,
-            given=given,
-            progress=progress,
-        )
-        if images.calibration is not None:
-            images.calibration.save(root / "calibration", force=True)
-        images.holdout.save(root / "holdout", force=True)
+        images = images_in(root, model, recipe.calibration, resume=resume, progress=progress)
         measured = measure_ranges(
             model,
             images,
@@ -118,6 +107,8 @@ def quantize_only(
         )
         measured.observed.save(root / "ranges.json")
         for target in targets:
+            if resume:  # an engine that was not finished is built anew
+                shutil.rmtree(root / target.name, ignore_errors=True)
             built[target.name] = build_engine(
                 model,
                 images,
@@ -129,6 +120,8 @@ def quantize_only(
                 seed=recipe.calibration.seed or 0,
                 progress=progress,
             ).engine
+            recipe = pinned(recipe, target.name, built[target.name])
+        recipe.dump(root / "recipe.resolved.yaml")  # now with what the search chose
         shutil.rmtree(root / ".synthesis", ignore_errors=True)
         folder.finish()
     return built
@@ -149,7 +142,9 @@ def open_engine(folder: Path, name: str) -> Engine:
             remedy="name the output folder of zsq deploy or zsq quantize, and a target that was built there",
         )
     manifest = read_json(place / "manifest.json")
-    for part in ("engine", "float"):
+    for part in ("engine", "qdq", "float"):
+        if part not in manifest:
+            continue
         file = place / manifest[part]["file"]
         if not file.is_file() or digest_file(file) != manifest[part]["sha256"]:
             raise StaleArtifactError(
@@ -158,7 +153,8 @@ def open_engine(folder: Path, name: str) -> Engine:
                 remedy="build it again with zsq deploy or zsq quantize",
             )
     engine = place / manifest["engine"]["file"]
-    return Engine(engine, engine, get_target(name), place / manifest["float"]["file"], manifest.get("choices", {}))
+    qdq = place / manifest["qdq"]["file"] if "qdq" in manifest else engine
+    return Engine(engine, qdq, get_target(name), place / manifest["float"]["file"], manifest.get("choices", {}))
 
 
 def _recipe_in(folder: Path) -> Recipe:
@@ -189,6 +185,17 @@ def verify_folder(
         command: The command line, for the report.
         progress: Where to report progress.
     """
+    with OutputFolder.reopen(folder):
+        return _verify_finished(folder, targets, changes, command, progress)
+
+
+def _verify_finished(
+    folder: Path,
+    targets: Sequence[str] | None,
+    changes: Mapping[str, Any] | None,
+    command: str,
+    progress: Progress,
+) -> Outcome:
     started = time.monotonic()
     recipe = _recipe_in(folder).replace(dict(changes or {})).resolved()
     names = list(targets or recipe.targets)
@@ -271,7 +278,7 @@ def run_demo(
     The weights and the held-out digits go to ``<output>-network/``: they are inputs of the run, not results of it.
     """
     network = output.with_name(output.name + "-network")
-    with OutputFolder(network, force=force) as place:
+    with OutputFolder(network, force=force, owns=("digits.safetensors", "digits_heldout.npz")) as place:
         trained = train_demo(place.path, seed=seed, progress=progress)
         place.finish()
     recipe = Recipe.of(

@@ -136,7 +136,7 @@ def twin_predictor(graph: Graph, *, dtype: torch.dtype, device: str | None = Non
 
     def predict(feeds: Feeds) -> dict[str, Array]:
         with torch.no_grad():
-            given = {name: torch.from_numpy(np.ascontiguousarray(value)).to(place) for name, value in feeds.items()}
+            given = {name: torch.tensor(np.asarray(value)).to(place) for name, value in feeds.items()}
             given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
             return {name: value.cpu().numpy() for name, value in twin.run(given).items()}
 
@@ -274,12 +274,10 @@ def _layers(model: Model, graph: Graph, twin: Twin, evidence: Evidence, samples:
     floating = Twin(folded, device="cpu")
     with torch.no_grad():
         quantized = twin.run(
-            {name: torch.from_numpy(np.ascontiguousarray(value)).double() for name, value in feeds.items()},
+            {name: torch.tensor(np.asarray(value), dtype=torch.float64) for name, value in feeds.items()},
             fetch=[pairs[name] for name in names],
         )
-        wanted = floating.run(
-            {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}, fetch=names
-        )
+        wanted = floating.run({name: torch.tensor(np.asarray(value)) for name, value in feeds.items()}, fetch=names)
     steps = {tensor.name: float(np.max(tensor.scale)) for tensor in read_qdq(graph) if not tensor.is_weight}
     rows = layer_quality(
         names,
