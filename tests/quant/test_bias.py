@@ -174,6 +174,16 @@ def test_a_matrix_product_with_an_add_behind_it():
     assert errors[1] < 1e-3
 
 
+def test_images_along_another_axis_than_the_first():
+    """Attention layers compute on [tokens, images, features]; the float pass goes in chunks of 16 images."""
+    b = Builder(7)
+    w, c = b.rng.normal(0, 0.3, (12, 6)).astype(np.float32), b.rng.normal(0, 1, 6).astype(np.float32)
+    x = b.node("Transpose", "image", perm=[2, 0, 1, 3])
+    graph = b.graph([b.node("Add", b.node("MatMul", x, b.constant(w)), b.constant(c, "offset"))])
+    found = correct_bias(graph, graph, [{"image": np.abs(images(40))}], device="cpu")
+    np.testing.assert_allclose(found["offset"], c, atol=1e-5)
+
+
 def test_layers_without_a_bias_get_one():
     graph = fold(small_net()).graph
     bare = graph.editable()

@@ -114,6 +114,28 @@ def test_a_small_spread_around_a_large_mean_is_not_lost():
     np.testing.assert_allclose(found.mean, exact.mean((0, 2, 3)), rtol=1e-9)
 
 
+@pytest.mark.parametrize("numbers", [32, 45])
+def test_images_along_axis_one_are_no_channels(numbers):
+    """Attention layers compute on [tokens, images, features]."""
+    b = Builder(6)
+    x = b.node("Transpose", "image", perm=[2, 0, 1, 3])
+    graph = b.graph([b.node("Relu", x)])
+    found = collect(graph, cut(IMAGES[:numbers], [7]), device="cpu")[x]
+    exact = IMAGES[:numbers].astype(np.float64)
+    assert found.channels.mean.shape == (1,)
+    assert found.count == found.channels.count == exact.size
+    assert found.mean == pytest.approx(exact.mean(), abs=1e-6)
+    assert found.var == pytest.approx(exact.var(), rel=1e-5)
+    builder = StatisticsBuilder()  # without the graph's shapes, it is seen when the size changes
+    for part in np.split(IMAGES, [16, 32]):
+        builder.add("x", torch.from_numpy(part.transpose(2, 0, 1, 3).copy()))
+    found = builder.finish(45)["x"]
+    assert found.channels.mean.shape == (1,)
+    assert found.mean == pytest.approx(IMAGES.astype(np.float64).mean(), abs=1e-6)
+    assert found.var == pytest.approx(IMAGES.astype(np.float64).var(), rel=1e-5)
+    assert (found.channels.minimum[0], found.channels.maximum[0]) == (IMAGES.min(), IMAGES.max())
+
+
 def test_merging_parts_gives_the_whole():
     """Cut at a multiple of the micro-batch, the activations are the same, so counts and extremes merge exactly."""
     a = collect(GRAPH, cut(IMAGES[:16], []), device="cpu")

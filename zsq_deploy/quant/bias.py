@@ -184,15 +184,18 @@ def correct_bias(
         images = {name: array[:count] for name, array in images.items()}
 
         means: dict[str, torch.Tensor] = {}
+        share = 1.0
 
         def remember(site: BiasSite) -> Any:
             def look(x: torch.Tensor) -> None:
-                mean = _channel_mean(x, site.axis) * (x.shape[0] / float(count))
+                # weighed by images, not by axis 0: attention layers put the tokens there
+                mean = _channel_mean(x, site.axis) * share
                 means[site.node] = means[site.node] + mean if site.node in means else mean
 
             return look
 
         for batch in _chunks(images, 16):
+            share = len(next(iter(batch.values()))) / float(count)
             floating.run(feed(batch), fetch=(), taps={site.output: remember(site) for site in sites})
         task.advance(len(sites))
 

@@ -117,10 +117,16 @@ class TensorStatistics:
 
 
 class _TensorBuilder:
-    """Statistics of one activation in the making."""
+    """Statistics of one activation in the making.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Of the activation.
+        pooled: Whether axis 1 holds something else than channels, so that all numbers are one channel.
+    """
+
+    def __init__(self, name: str, *, pooled: bool = False) -> None:
         self._name = name
+        self._pooled = pooled
         self._histogram = HistogramBuilder()
         self._count = 0
         self._minimum: torch.Tensor | None = None
@@ -134,7 +140,11 @@ class _TensorBuilder:
         if x.numel() == 0:
             return
         x = x.detach().to(torch.float32)
-        planes = x.reshape(1, 1, -1) if x.ndim < 2 else x.contiguous().reshape(x.shape[0], x.shape[1], -1)
+        if x.ndim >= 2 and self._minimum is not None and not self._pooled and x.shape[1] != len(self._minimum):
+            self._pool()  # the size of axis 1 follows the batch: it does not count channels
+        planes = (
+            x.reshape(1, 1, -1) if x.ndim < 2 or self._pooled else x.contiguous().reshape(x.shape[0], x.shape[1], -1)
+        )
         low, high = planes.amin((0, 2)), planes.amax((0, 2))
         limits = float(low.min()), float(high.max())
         if not (math.isfinite(limits[0]) and math.isfinite(limits[1])):
@@ -148,12 +158,6 @@ class _TensorBuilder:
             self._pivot = planes.mean((0, 2))
             self._sum = torch.zeros(len(low), dtype=torch.float64, device=x.device)
             self._squares = torch.zeros_like(self._sum)
-        elif len(low) != len(self._minimum):
-            raise CalibrationError(
-                f"the activation {self._name!r} has {len(low)} channels in one batch and {len(self._minimum)} in another",
-                where=self._name,
-                remedy="use calibration images of one size",
-            )
         else:
             self._minimum, self._maximum = torch.minimum(self._minimum, low), torch.maximum(self._maximum, high)
         assert self._pivot is not None
@@ -171,6 +175,25 @@ class _TensorBuilder:
                 self._squares += torch.linalg.vector_norm(centred, dim=1).to(torch.float64).square()
         self._count += planes.shape[0] * planes.shape[2]
         self._histogram.add(planes, limits)
+
+    def _pool(self) -> None:
+        """Go on with all channels as one."""
+        assert self._minimum is not None
+        assert self._maximum is not None
+        assert self._pivot is not None
+        assert self._sum is not None
+        assert self._squares is not None
+        pivot = self._pivot.mean(0, keepdim=True)
+        offset = (self._pivot - pivot).to(torch.float64)
+        # Sums of differences from the old pivots, moved to the common one.
+        self._squares = (self._squares + 2 * offset * self._sum + self._count * offset.square()).sum(0, keepdim=True)
+        self._sum = (self._sum + self._count * offset).sum(0, keepdim=True)
+        self._count *= len(self._pivot)
+        self._minimum, self._maximum = (
+            self._minimum.min(0, keepdim=True).values,
+            self._maximum.max(0, keepdim=True).values,
+        )
+        self._pivot, self._pooled = pivot, True
 
     def finish(self) -> TensorStatistics:
         """The statistics so far."""
@@ -203,9 +226,11 @@ class StatisticsBuilder:
     Args:
         model_digest: Digest of the graph.
         set_digest: Digest of the calibration set, if there is one.
+        pooled: Names of activations whose axis 1 does not hold channels.
     """
 
-    def __init__(self, *, model_digest: str = "", set_digest: str = "") -> None:
+    def __init__(self, *, model_digest: str = "", set_digest: str = "", pooled: Iterable[str] = ()) -> None:
+        self._pooled = frozenset(pooled)
         self._tensors: dict[str, _TensorBuilder] = {}
         self._model_digest = model_digest
         self._set_digest = set_digest
@@ -216,7 +241,7 @@ class StatisticsBuilder:
         if not x.is_floating_point():
             return
         if name not in self._tensors:
-            self._tensors[name] = _TensorBuilder(name)
+            self._tensors[name] = _TensorBuilder(name, pooled=name in self._pooled)
         self._tensors[name].add(x)
 
     def finish(self, images: int) -> Statistics:
@@ -439,6 +464,11 @@ def observable(graph: Graph) -> list[str]:
     return found
 
 
+def _batch_is_axis_one(shape: Sequence[int | None] | None) -> bool:
+    """Whether a value is laid out as attention layers do it: tokens, images, features."""
+    return shape is not None and len(shape) > 1 and shape[1] is None and shape[0] is not None
+
+
 def collect(
     graph: Graph,
     batches: Iterable[Mapping[str, Array]],
@@ -480,7 +510,8 @@ def collect(
             where="values",
             remedy="use names of activations of this graph",
         )
-    builder = StatisticsBuilder(model_digest=graph.digest, set_digest=set_digest)
+    pooled = [name for name in watched if _batch_is_axis_one(graph.shape(name))]
+    builder = StatisticsBuilder(model_digest=graph.digest, set_digest=set_digest, pooled=pooled)
 
     def tap(name: str) -> Any:
         def look(x: torch.Tensor) -> None:
