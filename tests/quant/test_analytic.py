@@ -181,6 +181,13 @@ def test_unknown_operators_are_named_and_known_ones_go_on():
     assert any("CumSum" in note for note in ranges.notes)
 
 
+def test_networks_without_batch_norm_are_told_what_that_means():
+    b = Builder()
+    ranges = analytic_ranges(Model(b.graph([b.node("Relu", b.conv("image", 3, 3, bias=True))])))
+    assert len(ranges) == 3
+    assert any("no batch normalization" in note for note in ranges.notes)
+
+
 def test_implied_ranges_speak_only_of_what_batch_norm_determines():
     implied = implied_ranges(MODEL, sigmas=3.0)
     kinds = {node.output[0]: node.op_type for node in MODEL.graph.nodes}

@@ -613,10 +613,17 @@ def analytic_ranges(model: Model, sigmas: float = 6.0) -> Ranges:
         sigmas: How many standard deviations activations reach.
     """
     found = propagate_model(model, sigmas=sigmas)
+    notes = found.notes
+    if not model.batch_norms():
+        notes = (
+            "there is no batch normalization: ranges follow from the weights alone, take channels as independent, and become "
+            "too narrow layer by layer; measure them on images instead",
+            *notes,
+        )
     return Ranges(
         {name: channels.reach for name, channels in found.channels.items()},
         f"bn-analytic {sigmas:g} sigma",
         model.digest,
         "",
-        found.notes,
+        notes,
     )
