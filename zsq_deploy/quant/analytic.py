@@ -615,11 +615,11 @@ def analytic_ranges(model: Model, sigmas: float = 6.0) -> Ranges:
     found = propagate_model(model, sigmas=sigmas)
     notes = found.notes
     if not model.batch_norms():
-        notes = (
+        warning = (
             "there is no batch normalization: ranges follow from the weights alone, take channels as independent, and become "
-            "too narrow layer by layer; measure them on images instead",
-            *notes,
+            "too narrow layer by layer; measure them on images instead"
         )
+        notes = (warning, *notes)
     return Ranges(
         {name: channels.reach for name, channels in found.channels.items()},
         f"bn-analytic {sigmas:g} sigma",
