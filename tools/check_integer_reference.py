@@ -128,9 +128,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
     return equal, float(np.nanmax(gap))
 
 
-def compare(path: Path, target: Target, x: np.ndarray, *, batch: int, inside: bool, row: str) -> bool:
+def compare(path: Path, target: Target, x: np.ndarray, *, batch: int, inside: bool, structure: Any, row: str) -> bool:
     """Print one line; return whether everything is equal."""
-    reference = IntegerReference(path, target)
+    reference = IntegerReference(path, target, structure=structure)
     session = ort.InferenceSession(str(path), session_options(target), providers=["CPUExecutionProvider"])
     equal = total = inner_equal = inner_total = 0
     largest = seconds = 0.0
@@ -174,6 +174,12 @@ def main() -> int:
     parser.add_argument("--engine", type=Path, action="append", help="engine files to compare instead of the assets")
     parser.add_argument("--target", default="ort-x86-vnni", help="target of the engine files")
     parser.add_argument("--intermediates", action="store_true", help="compare every value inside the networks as well")
+    parser.add_argument(
+        "--structure",
+        choices=("runtime", "file"),
+        default="runtime",
+        help="who says what is fused: the runtime, or our own reading of the file",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ort.set_default_logger_severity(3)
@@ -182,7 +188,7 @@ def main() -> int:
         f"{'engine':55s} {'outputs':>9s} {'equal share':>11s} {'max LSB':>7s} {'int':>4s} {'flt':>4s} {'ms/image':>8s}"
     )
     fine = True
-    options: dict[str, Any] = {"inside": arguments.intermediates}
+    options: dict[str, Any] = {"inside": arguments.intermediates, "structure": arguments.structure}
     if arguments.engine:
         for path in arguments.engine:
             x = noise(path, arguments.images)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ import onnxruntime as ort
 import torch
 
 from zsq_deploy.backends.base import Engine, Target
+from zsq_deploy.backends.onnxruntime.grouping import group
 from zsq_deploy.backends.onnxruntime.kernels import KERNELS, Arithmetic, Kernel, NodeSpec, arithmetic_here
 from zsq_deploy.backends.onnxruntime.runner import open_session, session_options
 from zsq_deploy.errors import DataError, EngineError, UnsupportedOpError, UsageError
@@ -94,6 +95,15 @@ def optimized_graph(engine_path: Path, target: Target) -> Graph:
         return Graph(onnx.load(str(written)))
 
 
+def _read(path: Path) -> Graph:
+    try:
+        return Graph(onnx.load(str(path)))
+    except Exception as error:  # protobuf's own exceptions have no common base
+        raise EngineError(
+            f"this is not an ONNX file: {error}", where=str(path), remedy="build the engine again"
+        ) from error
+
+
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -158,11 +168,13 @@ class IntegerReference:
         engine: The engine, or the Q/DQ file that the runtime loads.
         target: What it was built for; its session options decide which fusions happen. Taken from `engine` by default.
         threads: Threads for our arithmetic and for the runtime's float kernels (results do not depend on it).
+        structure: Where the fusions come from: ``runtime`` (the graph that it writes down) or ``file`` (our own reading of the Q/DQ
+            graph, :func:`zsq_deploy.backends.onnxruntime.grouping.group`).
         arithmetic: Rounding rules. Default: those of this machine, so that the comparison is with the engine as it runs here;
             :func:`arithmetic_for` gives those of a target's CPU.
 
     Attributes:
-        graph: The runtime's optimized graph.
+        graph: The graph of fused kernels that is evaluated.
         integer_nodes: Nodes computed by our integer kernels (sums, products, rounding).
         moving_nodes: Nodes that only move, compare or describe values, evaluated by us.
         float_nodes: Float islands, computed by the runtime's float kernels one by one.
@@ -179,6 +191,7 @@ class IntegerReference:
         target: Target | None = None,
         *,
         threads: int = 1,
+        structure: Literal["runtime", "file"] = "runtime",
         arithmetic: Arithmetic | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -194,7 +207,7 @@ class IntegerReference:
         self.target = target
         self.threads = threads
         self.arithmetic = arithmetic if arithmetic is not None else arithmetic_here(_runtime_version())
-        self.graph = optimized_graph(self.path, target)
+        self.graph = optimized_graph(self.path, target) if structure == "runtime" else group(_read(self.path))
         self.input_names: tuple[str, ...] = tuple(spec.name for spec in self.graph.inputs)
         self.output_names: tuple[str, ...] = tuple(spec.name for spec in self.graph.outputs)
         self._options = _unfused(session_options(target, threads=threads))

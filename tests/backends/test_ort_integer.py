@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from zsq_deploy.backends.base import Engine, Target
+from zsq_deploy.backends.onnxruntime.grouping import group
 from zsq_deploy.backends.onnxruntime.integer import IntegerReference
 from zsq_deploy.backends.onnxruntime.kernels import Arithmetic, Arm64Arithmetic, arithmetic_for
 from zsq_deploy.backends.onnxruntime.kernels.accumulate import (
@@ -27,6 +28,7 @@ from zsq_deploy.backends.onnxruntime.kernels.accumulate import (
 from zsq_deploy.backends.onnxruntime.kernels.arithmetic import fma
 from zsq_deploy.backends.onnxruntime.runner import session_options
 from zsq_deploy.errors import DataError, EngineError, UnsupportedOpError, UsageError
+from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.integer import accumulate_conv, accumulate_matmul
 from zsq_deploy.quant.scheme import Scheme
 
@@ -112,6 +114,60 @@ def test_the_target_comes_with_the_engine(tmp_path: Path) -> None:
     assert reference.target is TARGET
     with pytest.raises(UsageError, match="built for"):
         IntegerReference(path)
+
+
+# --- structure read from the file -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("float_outputs", [False, True], ids=["quantized-output", "float-output"])
+@pytest.mark.parametrize("types", ["u8s8", "u8u8"])
+def test_our_own_reading_of_the_file_agrees_with_the_runtime(types: str, float_outputs: bool, tmp_path: Path) -> None:
+    path = quantize(residual_network(), tmp_path, types=types, float_outputs=float_outputs)
+    asked, read = IntegerReference(path, TARGET), IntegerReference(path, TARGET, structure="file")
+    feeds = {"x": np.random.default_rng(1).standard_normal((4, 3, 20, 20)).astype(np.float32)}
+    np.testing.assert_array_equal(engine_output(path, feeds, TARGET)["y"], read.run(feeds)["y"])
+
+    def kernels(reference: IntegerReference) -> list[str]:
+        return sorted(node.op.rpartition(".")[2] for node in reference.integer_nodes)
+
+    assert kernels(asked) == kernels(read)
+    assert read.first_divergence(feeds) is None
+
+
+def _conv_group(bias_scale: float, clamp: str, y_zero: int) -> Graph:
+    """x -> DQ -> Conv(+ bias) -> clamp -> Q, with scales 0.5 and 0.25."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "sx", "zx"], ["x"]),
+        helper.make_node("DequantizeLinear", ["wq", "sw", "zw"], ["w"]),
+        helper.make_node("DequantizeLinear", ["bq", "sb", "zb"], ["b"]),
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="conv"),
+        helper.make_node(clamp, ["c"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "sy", "zy"], ["y"]),
+    ]
+    arrays = {
+        "sx": np.float32(0.5), "zx": U8(3), "wq": np.ones((2, 3, 1, 1), S8), "sw": np.float32(0.25), "zw": S8(0),
+        "bq": np.array([5, -5], np.int32), "sb": np.float32(bias_scale), "zb": np.int32(0), "sy": np.float32(1),
+        "zy": U8(y_zero),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "group",
+        [helper.make_tensor_value_info("q", onnx.TensorProto.UINT8, [1, 3, 4, 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, [1, 2, 4, 4])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )
+    return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def test_groups_are_made_only_where_integers_mean_the_same() -> None:
+    def operators(graph: Graph) -> list[str]:
+        return [node.op_type for node in group(graph)]
+
+    assert operators(_conv_group(0.125, "Relu", 0)) == ["QLinearConv"]
+    assert operators(_conv_group(0.125, "Clip", 77)) == ["QLinearConv"]
+    assert "Conv" in operators(_conv_group(0.125, "Relu", 77)), "codes below 77 are negative: the ReLU is not implied"
+    assert "Conv" in operators(_conv_group(0.13, "Relu", 0)), "the bias has another scale"
+    assert "Conv" in operators(_conv_group(0.125, "Sigmoid", 0))
 
 
 # --- float islands and errors -------------------------------------------------------------------------------------------
@@ -376,6 +432,9 @@ def test_real_networks_are_computed_bit_for_bit(
     for name, array in theirs.items():
         equal = float((array == ours[name]).mean())
         assert equal == 1.0, f"{name}: {equal:.6f} equal; first {reference.first_divergence(feeds)}"
+    ours = IntegerReference(path, TARGET, structure="file").run(feeds)
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(array, ours[name], err_msg="with our own reading of the file")
     assert sum("Conv" in node.op or "MatMul" in node.op or "Gemm" in node.op for node in reference.integer_nodes) > 5
     assert not any("Conv" in node.op for node in reference.float_nodes)
 
