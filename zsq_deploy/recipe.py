@@ -446,6 +446,8 @@ def _explained(error: pydantic.ValidationError, where: str, lines: Mapping[str, 
             remedies.append(f"add {dotted}")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_pattern_mismatch":
+                message = "this has the wrong form"
             given = "" if isinstance(item["input"], Mapping | pydantic.BaseModel) else f", not {item['input']!r}"
             problem = f"{dotted or 'recipe'}{at}: {message}{given}"
             if problem not in problems:
@@ -456,7 +458,7 @@ def _explained(error: pydantic.ValidationError, where: str, lines: Mapping[str, 
         "; ".join(problems),
         where=where + (f", line {first_line}" if first_line else ""),
         remedy="\n         ".join(dict.fromkeys(remedy for remedy in remedies if remedy))
-        or "see `zsq run --help` for every word",
+        or "`zsq run --words` lists every word",
     )
 
 
@@ -475,7 +477,7 @@ def _nearest(dotted: str, known: list[str]) -> str:
     anywhere = difflib.get_close_matches(spelled, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.75)
     if anywhere:
         return f"did you mean {next(name for name in known if name.rpartition('.')[2] == anywhere[0])}?"
-    return f"{prefix or 'a recipe'} knows {', '.join(siblings)}" if siblings else "see `zsq run --help` for every word"
+    return f"{prefix or 'a recipe'} knows {', '.join(siblings)}" if siblings else "`zsq run --words` lists every word"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,6 +168,15 @@ def deploy(
     return outcome.exit_code
 
 
+def _words(value: bool) -> None:
+    if value:
+        from zsq_deploy.recipe import describe
+
+        for item in describe():
+            sys.stdout.write(f"{item.name:38} {item.default or '-':14} {item.description}\n")
+        raise typer.Exit
+
+
 @app.command("run")
 def run_recipe(
     recipe: Annotated[
@@ -176,7 +185,12 @@ def run_recipe(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Output folder (default: run.output of the recipe).")
     ] = None,
-    words: Annotated[bool, typer.Option("--words", help="List every word of a recipe and stop.")] = False,
+    words: Annotated[
+        bool,
+        typer.Option(
+            "--words", callback=_words, is_eager=True, help="List every word of a recipe with its default, and stop."
+        ),
+    ] = False,
     force: o.ForceOpt = False,
     resume: o.ResumeOpt = False,
     as_json: o.JsonOpt = False,
@@ -184,12 +198,9 @@ def run_recipe(
 ) -> int:
     """Run a recipe file."""
     from zsq_deploy.pipeline import deploy as job
-    from zsq_deploy.recipe import Recipe, describe
+    from zsq_deploy.recipe import Recipe
 
-    if words:
-        for item in describe():
-            sys.stdout.write(f"{item.name:34} {item.default or '-':14} {item.description}\n")
-        return 0
+    del words
     loaded = Recipe.load(recipe).resolved()
     folder = output or (Path(loaded.run.output) if loaded.run.output else None)
     if folder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -232,7 +233,14 @@ def parameters(pairs: list[str] | None) -> dict[str, Any]:
             raise UsageError(
                 f"{pair!r} is no NAME=VALUE", where="--param", remedy="write for example --param steps=200"
             )
-        found[name.strip()] = yaml.safe_load(value)
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(
+                f"the value of {pair!r} cannot be read",
+                where="--param",
+                remedy="write a number, a word, true or false, or a list like [1, 2]; quote what holds special characters",
+            ) from error
     return found
 
 
@@ -257,4 +265,29 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
             nested["model"]["input_shape"] = parse_shape(shape)
         except ValueError as error:
             raise UsageError(str(error), where="--input-shape", remedy="write it like 1x3x224x224") from error
-    return Recipe.of(nested, where="the command line").resolved()
+    try:
+        return Recipe.of(nested, where="the command line").resolved()
+    except UsageError as error:
+        raise UsageError(
+            _as_options(error.what), where=error.where, remedy=_as_options(error.remedy or "`zsq deploy --help`")
+        ) from error
+
+
+_OPTION_OF = {"model.source": "MODEL", "calibration.set": "--calibration", "calibration.parameters": "--param"}
+
+
+def _as_options(text: str) -> str:
+    """Words of a recipe as the command line spells them: ``calibration.images`` is ``--images``."""
+
+    def option(match: re.Match[str]) -> str:
+        return _OPTION_OF.get(match[0], "--" + match[0].rpartition(".")[2].replace("_", "-"))
+
+    text = re.sub(
+        r"\b(?:model|calibration|quantization|verification\.gates|verification|run)\.[a-z0-9_]+\b", option, text
+    )
+    text = re.sub(r"^(?:model|recipe): ", "", text).replace("`zsq run --words`", "`zsq deploy --help`")
+    for words in ("mean and std", "raw_pixels"):
+        text = text.replace(
+            words, words.replace("mean", "--mean").replace("std", "--std").replace("raw_pixels", "--raw-pixels")
+        )
+    return text.replace("lists every word", "explains every option")

@@ -12,10 +12,10 @@ from typing import Any
 from zsq_deploy.artifact import OutputFolder
 from zsq_deploy.backends import Engine, get_target
 from zsq_deploy.calib import CalibrationSet
-from zsq_deploy.errors import UsageError
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
+from zsq_deploy.pipeline.checks import check_recipe
 from zsq_deploy.pipeline.engines import EngineSettings, build_engine
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
@@ -29,7 +29,6 @@ from zsq_deploy.verify import Gates, peak_rss_bytes
 
 __all__ = [
     "Outcome",
-    "check_holdout",
     "deploy",
     "evaluation_data",
     "gates_of",
@@ -66,16 +65,6 @@ def owned(recipe: Recipe) -> tuple[str, ...]:
     """Everything that a run writes into its output folder."""
     files = ("recipe.resolved.yaml", "ranges.json", "report.json", "report.html")
     return (*files, "calibration", "holdout", ".synthesis", *recipe.targets)
-
-
-def check_holdout(recipe: Recipe) -> None:
-    """An engine is verified on images that nothing was calibrated on: there has to be one at least."""
-    if recipe.calibration.holdout < 1:
-        raise UsageError(
-            "no image is held out, and verification needs some that nothing was calibrated on",
-            where="calibration.holdout",
-            remedy="hold out 1 or more (default: 64)",
-        )
 
 
 def load_recipe_model(recipe: Recipe) -> Model:
@@ -150,10 +139,10 @@ def deploy(
     started = time.monotonic()
     targets = [get_target(name) for name in recipe.targets]
     model = load_recipe_model(recipe)
+    check_recipe(recipe, model, targets)
     data = evaluation_data(recipe, model)
     for note in model.notes:
         progress.say(note)
-    check_holdout(recipe)
     with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")

@@ -14,9 +14,9 @@ from zsq_deploy.calib import CalibrationSet, exporters
 from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
 from zsq_deploy.pipeline.calibration import images_in, make_images, measure_ranges
+from zsq_deploy.pipeline.checks import check_device, check_method, check_recipe
 from zsq_deploy.pipeline.deploy import (
     Outcome,
-    check_holdout,
     deploy,
     evaluation_data,
     gates_of,
@@ -55,6 +55,8 @@ def synthesize_set(
         raise UsageError(
             f"there is no export {export!r}", where="--export", remedy=f"choose one of {', '.join(EXPORTS)}"
         )
+    check_method(recipe)
+    check_device(recipe.calibration.device)
     model = load_recipe_model(recipe)
     owns = ("calibration", ".synthesis", *EXPORTS.values())
     with OutputFolder(output, force=force, resume=resume, owns=owns, identity=recipe.digest) as folder:
@@ -91,8 +93,8 @@ def quantize_only(
     """Build the engines of a recipe without measuring them (``zsq quantize``)."""
     targets = [get_target(name) for name in recipe.targets]
     model = load_recipe_model(recipe)
+    check_recipe(recipe, model, targets)
     built: dict[str, Engine] = {}
-    check_holdout(recipe)
     with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")

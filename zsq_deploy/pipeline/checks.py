@@ -1,0 +1,157 @@
+"""What can be said before the work begins: a recipe's mistakes cost seconds, not the minutes until the stage that stumbles over them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from zsq_deploy.backends import Target, get_backend
+from zsq_deploy.calib.methods import METHODS
+from zsq_deploy.calib.parts.recipe import resolve
+from zsq_deploy.errors import UsageError
+from zsq_deploy.model import Model
+from zsq_deploy.pipeline.calibration import OWN_CALIBRATORS, RANGE_METHODS
+from zsq_deploy.recipe import Recipe
+
+__all__ = ["check_device", "check_method", "check_recipe", "nearest"]
+
+_AT_LEAST_ONE = ("batch_size", "steps")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"did you mean 'zeroq'? "``, or nothing."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def check_recipe(recipe: Recipe, model: Model, targets: Sequence[Target], *, verified: bool = True) -> None:
+    """Refuse what cannot work: unknown words, a device that is not there, nodes that the network does not have.
+
+    Args:
+        recipe: The recipe.
+        model: Its network.
+        targets: Its targets.
+        verified: The engines are verified later: images have to be held out.
+
+    Raises:
+        UsageError: The first mistake, with what to do.
+    """
+    check_method(recipe)
+    check_device(recipe.calibration.device)
+    _check_preprocess(model)
+    spec = recipe.quantization
+    ranges = (*RANGE_METHODS, *OWN_CALIBRATORS)
+    if spec.ranges not in ranges:
+        raise UsageError(
+            f"there is no range method {spec.ranges!r}",
+            where="--ranges",
+            remedy=f"{nearest(spec.ranges, ranges)}range methods: {', '.join(ranges)}",
+        )
+    if spec.ranges in OWN_CALIBRATORS and not recipe.calibration.set and not METHODS[recipe.calibration.method].images:
+        raise UsageError(
+            f"{spec.ranges} reads images, and the method {recipe.calibration.method!r} makes none",
+            where="--ranges",
+            remedy="choose another range method, or a synthesis method that makes images",
+        )
+    nodes = [node.name for node in model.folded().graph]
+    unknown = [name for name in spec.exclude if name not in nodes]
+    if unknown:
+        raise UsageError(
+            f"the network has no node {unknown[0]!r}",
+            where="--exclude",
+            remedy=f"{nearest(unknown[0], nodes)}`zsq inspect {recipe.model.source} --nodes` lists them all",
+        )
+    strangers = sorted(set(spec.choice) - set(recipe.targets))
+    if strangers:
+        raise UsageError(
+            f"{strangers[0]!r} is no target of this recipe",
+            where="quantization.choice",
+            remedy=f"{nearest(strangers[0], recipe.targets)}remove it, or add it to targets",
+        )
+    for target in targets:
+        backend: Any = get_backend(target)
+        backend.BuildOptions(bits=spec.bits)
+    if verified and recipe.calibration.holdout < 1:
+        raise UsageError(
+            "no image is held out, and verification needs some that nothing was calibrated on",
+            where="calibration.holdout",
+            remedy="hold out 1 or more (default: 64)",
+        )
+
+
+def check_method(recipe: Recipe) -> None:
+    """Refuse an unknown synthesis method, and parameters that it does not have or that make no sense.
+
+    Raises:
+        UsageError: With the near miss, if there is one.
+    """
+    name = recipe.calibration.method
+    if recipe.calibration.set:
+        return  # nothing is made
+    if name not in METHODS:
+        raise UsageError(
+            f"there is no synthesis method {name!r}",
+            where="--method",
+            remedy=f"{nearest(name, METHODS)}methods: {', '.join(METHODS)}",
+        )
+    defaults = METHODS[name].defaults
+    given = recipe.calibration.parameters
+    unknown = [key for key in given if key not in defaults]
+    if unknown:
+        raise UsageError(
+            f"method {name!r} has no parameter {unknown[0]!r}",
+            where="--param",
+            remedy=nearest(unknown[0], defaults)
+            + (f"parameters: {', '.join(sorted(defaults))}" if defaults else "it has no parameters"),
+        )
+    _check_numbers(name, resolve(name, defaults, given), defaults)
+
+
+def _check_numbers(method: str, resolved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    for key, value in resolved.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = 1 if key in _AT_LEAST_ONE else 0 if defaults[key] >= 0 else -math.inf
+        if not math.isfinite(value) or value < least:
+            raise UsageError(
+                f"parameter {key!r} of method {method!r} cannot be {value}",
+                where="--param",
+                remedy=f"give a number of {least:g} or more (default: {defaults[key]!r})"
+                if math.isfinite(least)
+                else f"give a finite number (default: {defaults[key]!r})",
+            )
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that there is not.
+
+    Raises:
+        UsageError: The name is no device, or the machine does not have it.
+    """
+    if device is None:
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"{device!r} is no device that images can be made on", where="--device", remedy="cpu, or cuda")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UsageError(
+            f"there is no {device!r}: torch {torch.__version__} finds "
+            + (f"{found} CUDA device{'s' if found > 1 else ''}" if found else "no CUDA device"),
+            where="--device",
+            remedy="leave --device out or say cpu; `zsq doctor` shows what there is",
+        )
+
+
+def _check_preprocess(model: Model) -> None:
+    """The number of means has to fit the input's channels (see :meth:`zsq_deploy.model.Preprocess.apply`)."""
+    shape = model.inputs[0].shape
+    if len(shape) == 4 and shape[1]:
+        model.preprocess.bounds(int(shape[1]))
