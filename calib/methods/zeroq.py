@@ -14,6 +14,9 @@ Deliberate deviations:
   for a convolution without one (``first_order_pairing`` has no counterpart here). Where every convolution has its batch norm, both agree.
   A batch norm without a convolution in front (after a concatenation) is matched as well;
 * pixels are clipped to valid values after each step (``clip``): an image that no camera can deliver would widen the input's range;
+* the step size falls after 20 steps without progress and a batch has at most 200 steps (``patience=100, steps=500``: as published). At a step
+  size of 0.5 the loss only swings after some 60 steps: on a CIFAR ResNet-20 the published schedule ends at 0.43 per image, this one at 0.27, in less than half
+  of the time;
 * the release stops when the loss falls below 5 per layer, summed over the batch, a number that depends on the batch size and the network. Here a batch ends when its
   smoothed loss has not fallen by `stop_threshold` for `stop_patience` steps (0: never), and the manifest says at which step;
 * as many batches as are asked for instead of one;
@@ -49,9 +52,9 @@ LOSS = BNLoss(
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
-        "steps": 500,
+        "steps": 200,
         "rate": 0.5,
-        "patience": 100,
+        "patience": 20,
         "batch_size": 64,
         "stop_patience": 50,
         "stop_threshold": 0.02,

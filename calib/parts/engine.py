@@ -24,6 +24,8 @@ from zsq_deploy.model.graph import TensorSpec
 
 __all__ = ["BatchRun", "Objective", "deterministic"]
 
+_NOTHING = 1e-30
+
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
@@ -63,6 +65,9 @@ class Objective:
         self.device, self.dtype = device, dtype
         self.twin = Twin(network.graph, dtype=dtype, device=device)
         for parameter in self.twin.parameters():
+            # Weight decay can leave the weights of dead channels as denormal numbers, and arithmetic with those is a hundred
+            # times slower; below 1e-30 they are nothing.
+            parameter.data = torch.where(parameter.abs() < _NOTHING, torch.zeros_like(parameter), parameter)
             if parameter.dim() == 4:  # convolutions on channels-last maps want their weights in the same order
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._input = spec.name
