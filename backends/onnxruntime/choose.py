@@ -67,6 +67,7 @@ class Measured:
         """JSON values."""
         return {
             "label": self.options.label,
+            "exclude": list(self.options.exclude),
             "median_ms": self.median_ms,
             "float_ms": self.float_ms,
             "speedup": self.speedup,
@@ -119,6 +120,11 @@ def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -
     if present & {"LayerNormalization", "Softmax", "Gelu", "Erf"} and present & {"Gemm", "MatMul"}:
         lean = tuple(op for op in WIDE_OPS if op not in ("Add", "Mul"))
         found.append(base.with_(op_types=lean, mac_outputs=False, label="products"))
+    heads = any("over pixels" in line for line in prepare(graph, float_heads=True).rewrites)
+    if heads and not base.float_heads and not base.quantize_outputs:
+        found.append(base.with_(float_heads=True, label="float heads"))
+    if present & {"HardSwish", "HardSigmoid"} and not base.gates:
+        found.append(base.with_(gates=True, label="integer gates"))
     inputs = {spec.name for spec in graph.inputs}
     if any(
         {reader.op_type for reader in graph.consumers(name)} - {*MAC_OPS, *WIDE_OPS, "Shape"}
@@ -133,9 +139,16 @@ def _distinct(graph: Graph, options: Sequence[BuildOptions]) -> list[BuildOption
     """Only those that quantize other nodes, or in another way, than one before."""
     kept: dict[Any, BuildOptions] = {}
     for option in options:
-        prepared = prepare(graph)
+        prepared = prepare(graph, gates=option.gates, float_heads=option.float_heads)
         placement = place(prepared.graph, option)
-        key = (placement.nodes, option.widen, option.float_readers, option.mac_outputs)
+        key = (
+            placement.nodes,
+            option.gates,
+            option.float_heads,
+            option.widen,
+            option.float_readers,
+            option.mac_outputs,
+        )
         kept.setdefault(key, option)
     return list(kept.values())
 
@@ -256,7 +269,8 @@ def choose(
             agreement, ratio = quality([_run(one, batch) for batch in batches], reference)
             measured.append(Measured(option, milliseconds, times[0], agreement, ratio, engine.path.stat().st_size))
             task.advance(candidate=option.label, ms=milliseconds, db=ratio)
-    best = _pick(measured, tolerance_agreement, tolerance_db)
+    lacking = missing_features(target)
+    best = _pick(measured, tolerance_agreement, tolerance_db, trust_times=not lacking)
     chosen = measured[best]
     if len(found) > 1:
         engine = _move(engines[best], folder)
@@ -265,7 +279,7 @@ def choose(
         engine,
         choices={**engine.choices, "candidates": [one.to_json() for one in measured], "chosen": chosen.options.label},
     )
-    slower = all(one.median_ms > one.float_ms for one in measured)
+    slower = not lacking and all(one.median_ms > one.float_ms for one in measured)
     mixed: Measured | None = None
     if slower:
         notes.append(
@@ -289,9 +303,11 @@ def choose(
             if allow_float_layers and mixed.median_ms < min(chosen.median_ms, mixed.float_ms):
                 engine, chosen = _move(mixed_engine, folder), mixed
             _remove(folder / "mixed")
-    lacking = missing_features(target)
     if lacking:
-        notes.append(f"this machine lacks {', '.join(lacking)}: the latencies are not those of {target.name}")
+        notes.append(
+            f"this machine lacks {', '.join(lacking)}: the latencies are not those of {target.name}, and the choice looked at "
+            "exactness only"
+        )
     engine = replace(
         engine,
         choices={
@@ -357,8 +373,13 @@ def _mix(
     return built, Measured(option, mixed_ms, float_ms, agreement, ratio, built.path.stat().st_size)
 
 
-def _pick(measured: Sequence[Measured], tolerance_agreement: float, tolerance_db: float) -> int:
-    """Index of the fastest candidate that is about as exact as the best; among equally fast ones the most exact."""
+def _pick(
+    measured: Sequence[Measured], tolerance_agreement: float, tolerance_db: float, *, trust_times: bool = True
+) -> int:
+    """Index of the fastest candidate that is about as exact as the best; among equally fast ones the most exact.
+
+    Where times mean nothing (another processor's target), it is the first of the most exact ones.
+    """
     top_agreement = max(one.agreement for one in measured)
     top_db = max(one.sqnr_db for one in measured)
     good = [
@@ -368,6 +389,8 @@ def _pick(measured: Sequence[Measured], tolerance_agreement: float, tolerance_db
     ]
     if not good:  # the one with the best agreement is not the one with the best ratio
         good = [index for index, one in enumerate(measured) if one.agreement == top_agreement]
+    if not trust_times:
+        return max(good, key=lambda index: (round(measured[index].sqnr_db, 1), -index))
     fastest = min(measured[index].median_ms for index in good)
     equal = [index for index in good if measured[index].median_ms <= fastest * (1 + _SAME_SPEED)]
     return max(equal, key=lambda index: (measured[index].sqnr_db, -measured[index].median_ms))

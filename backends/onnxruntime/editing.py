@@ -23,12 +23,14 @@ class Editor:
         proto: The model that is changed.
         graph: Its index, as of the last :meth:`refresh`.
         aliases: New value name -> name of the original value with the same numbers.
+        ranges: New value name -> range that follows from what it is.
         log: What was rewritten, one line each.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
         self.aliases: dict[str, str] = {}
+        self.ranges: dict[str, tuple[float, float]] = {}
         self.log: list[str] = []
         self.graph = Graph(proto)
 

@@ -60,6 +60,9 @@ class BuildOptions:
         float_readers: Connect float operators to float values where those exist (a residual that reads the input image).
             ``False`` lets them read the rounded value, as the integer operators do; a denoiser that subtracts the noise from its
             own input is better off so.
+        float_heads: Turn last 1x1 convolutions into matrix products, whose integer kernel gives float out; otherwise their outputs
+            are 8-bit.
+        gates: Rewrite HardSwish and HardSigmoid into operators with integer kernels; otherwise they stay in float.
         widen: Add zero channels where the integer kernels want round numbers of channels; exact, and often faster.
         weight_method: How weight scales are found: ``minmax`` or ``mse``.
         exact_scales: Move activation and weight scales to the nearby grid on which this runtime's requantization, the Q/DQ graph and
@@ -77,6 +80,8 @@ class BuildOptions:
     quantize_outputs: bool = False
     share_concat: bool = True
     float_readers: bool = True
+    float_heads: bool = False
+    gates: bool = False
     widen: bool = False
     weight_method: str = "minmax"
     exact_scales: bool = False
@@ -120,6 +125,8 @@ class BuildOptions:
             "quantize_outputs": self.quantize_outputs,
             "share_concat": self.share_concat,
             "float_readers": self.float_readers,
+            "float_heads": self.float_heads,
+            "gates": self.gates,
             "widen": self.widen,
             "weight_method": self.weight_method,
             "exact_scales": self.exact_scales,

@@ -8,7 +8,7 @@ graphs of real exporters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from zsq_deploy.backends.onnxruntime.editing import Editor
+from zsq_deploy.backends.onnxruntime.transposed import conv_transpose_as_conv
 from zsq_deploy.errors import ModelError
 from zsq_deploy.model.graph import Graph, attributes
 
@@ -33,11 +34,13 @@ class Prepared:
         graph: The rewritten graph.
         aliases: New value name -> name of the value of the original graph that holds the same numbers.
         rewrites: What was rewritten, one line each, for the manifest.
+        ranges: Ranges of new values that follow from what they are.
     """
 
     graph: Graph
     aliases: Mapping[str, str]
     rewrites: tuple[str, ...]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 Rewrite = Callable[[Editor], bool]
@@ -269,6 +272,59 @@ def _matmul_bias(edit: Editor) -> bool:
     return False
 
 
+def _last_products(graph: Graph) -> set[str]:
+    """Names of convolutions and matrix products that no other one follows."""
+    macs = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    followed: dict[str, bool] = {}
+    for node in reversed(graph.nodes):
+        readers = [reader for name in node.output for reader in graph.consumers(name)]
+        followed[node.name] = any(reader.op_type in macs or followed[reader.name] for reader in readers)
+    return {node.name for node in graph if node.op_type in macs and not followed[node.name]}
+
+
+def _float_heads(edit: Editor) -> bool:
+    """A last 1x1 convolution becomes a matrix product over pixels, because that one's integer kernel can give float out."""
+    last = _last_products(edit.graph)
+    for conv in edit.graph:
+        if conv.op_type != "Conv" or conv.name not in last:
+            continue
+        weight, shape = edit.graph.constant(conv.input[1]), edit.shape(conv.input[0])
+        found = attributes(conv)
+        if weight is None or weight.ndim != 4 or weight.shape[2:] != (1, 1) or shape is None or None in shape[1:]:
+            continue
+        if (
+            int(found.get("group", 1)) != 1
+            or any(found.get("pads", []))
+            or any(v != 1 for v in found.get("strides", []))
+        ):
+            continue
+        if len(conv.input) > 2 and conv.input[2] and edit.graph.constant(conv.input[2]) is None:
+            continue
+        source, final = conv.input[0], conv.output[0]
+        _, _, height, width = shape
+        outputs, inputs = weight.shape[:2]
+        last_in, rows = edit.fresh(f"{source}__last"), edit.fresh(f"{source}__rows")
+        product, last_out = edit.fresh(f"{final}__rows"), edit.fresh(f"{final}__last")
+        edit.aliases.update({name: edit.aliases.get(source, source) for name in (last_in, rows)})
+        edit.aliases.update({name: edit.aliases.get(final, final) for name in (product, last_out)})
+        to_rows = edit.add_initializer(f"{conv.name}__rows_shape", np.array([-1, inputs], np.int64))
+        back = edit.add_initializer(f"{conv.name}__back_shape", np.array([-1, height, width, outputs], np.int64))
+        matrix = edit.reshaped(conv.input[1], weight.reshape(outputs, inputs))
+        bias = [conv.input[2]] if len(conv.input) > 2 and conv.input[2] else []
+        title = conv.name
+        edit.replace(
+            conv,
+            helper.make_node("Transpose", [source], [last_in], name=edit.fresh(f"{title}__last_in"), perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", [last_in, to_rows], [rows], name=edit.fresh(f"{title}__rows")),
+            helper.make_node("Gemm", [rows, matrix, *bias], [product], name=edit.fresh(f"{title}__product"), transB=1),
+            helper.make_node("Reshape", [product, back], [last_out], name=edit.fresh(f"{title}__back")),
+            helper.make_node("Transpose", [last_out], [final], name=edit.fresh(f"{title}__first"), perm=[0, 3, 1, 2]),
+        )
+        edit.log.append(f"last 1x1 convolution {title} became a matrix product over pixels, with float output")
+        return True
+    return False
+
+
 def _norm_as_conv(edit: Editor) -> bool:
     """A batch normalization that stands alone becomes a 1x1 depthwise convolution, which has an integer kernel."""
     for node in edit.graph:
@@ -322,6 +378,46 @@ def _plain_gemm(edit: Editor) -> bool:
     return changed
 
 
+def _hard_gates(edit: Editor) -> bool:
+    """HardSwish and HardSigmoid become a 1x1 depthwise convolution and a Clip, which have integer kernels (HardSwish: and a Mul)."""
+    for node in edit.graph:
+        if node.op_type not in ("HardSwish", "HardSigmoid"):
+            continue
+        shape = edit.shape(node.input[0])
+        if shape is None or len(shape) != 4 or shape[1] is None:
+            continue
+        found = attributes(node)
+        swish = node.op_type == "HardSwish"
+        alpha = 1 / 6 if swish else float(found.get("alpha", 0.2))
+        beta = 0.5 if swish else float(found.get("beta", 0.5))
+        channels = int(shape[1])
+        weight = edit.add_initializer(f"{node.name}__slope", np.full((channels, 1, 1, 1), alpha, np.float32))
+        bias = edit.add_initializer(f"{node.name}__offset", np.full(channels, beta, np.float32))
+        low = edit.add_initializer(f"{node.name}__low", np.array(0, np.float32))
+        high = edit.add_initializer(f"{node.name}__high", np.array(1, np.float32))
+        line = edit.fresh(f"{node.output[0]}__line")
+        gate = edit.fresh(f"{node.output[0]}__gate") if swish else node.output[0]
+        nodes = [
+            helper.make_node(
+                "Conv",
+                [node.input[0], weight, bias],
+                [line],
+                name=edit.fresh(f"{node.name}__line"),
+                group=channels,
+                kernel_shape=[1, 1],
+            ),
+            helper.make_node("Clip", [line, low, high], [gate], name=edit.fresh(f"{node.name}__clip")),
+        ]
+        edit.ranges[line] = (0.0, 1.0)  # the Clip takes the rest
+        if swish:
+            edit.ranges[gate] = (0.0, 1.0)
+            nodes.append(helper.make_node("Mul", [node.input[0], gate], [node.output[0]], name=node.name))
+        edit.log.append(f"{node.op_type} {node.name} became a convolution and a Clip")
+        edit.replace(node, *nodes)
+        return True
+    return False
+
+
 _REWRITES: tuple[Rewrite, ...] = (
     _constants,
     _pad_into_conv,
@@ -331,6 +427,7 @@ _REWRITES: tuple[Rewrite, ...] = (
     _matmul_bias,
     _plain_gemm,
     _norm_as_conv,
+    conv_transpose_as_conv,
     _one_initializer_each,
 )
 
@@ -349,14 +446,20 @@ def _drop_unused(proto: onnx.ModelProto) -> None:
     del proto.graph.value_info[:]
 
 
-def prepare(graph: Graph) -> Prepared:
+def prepare(graph: Graph, *, gates: bool = False, float_heads: bool = False) -> Prepared:
     """Rewrite a float graph (batch norm folded) into the form that ONNX Runtime quantizes best.
+
+    Args:
+        graph: The graph.
+        gates: Also rewrite HardSwish and HardSigmoid into operators with integer kernels.
+        float_heads: Also turn last 1x1 convolutions into matrix products, whose integer kernel gives float.
 
     Raises:
         ModelError: The rewritten graph is not a valid ONNX model (a bug of this module; the message says where).
     """
     edit = Editor(graph.editable())
-    for rewrite in _REWRITES:
+    chosen = (*((_hard_gates,) if gates else ()), *_REWRITES, *((_float_heads,) if float_heads else ()))
+    for rewrite in chosen:
         while rewrite(edit):
             edit.refresh()
         edit.refresh()
@@ -369,7 +472,7 @@ def prepare(graph: Graph) -> Prepared:
             where="; ".join(edit.log) or "the graph as it was loaded",
             remedy="check the model with onnx.checker; if it is valid, please report this",
         ) from error
-    return Prepared(Graph(edit.proto), dict(edit.aliases), tuple(edit.log))
+    return Prepared(Graph(edit.proto), dict(edit.aliases), tuple(edit.log), dict(edit.ranges))
 
 
 def replace_initializers(graph: Graph, biases: Mapping[str, Array], weights: Mapping[str, Array]) -> Graph:

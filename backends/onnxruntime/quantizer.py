@@ -89,13 +89,14 @@ def build(
         _save(folded.proto, float_path)
         task.advance(step="prepare")
         corrected = replace_initializers(folded, options.biases, options.weights)
-        prepared = prepare(corrected)
+        prepared = prepare(corrected, gates=options.gates, float_heads=options.float_heads)
         placement = place(prepared.graph, options)
         task.advance(step="ranges")
         if isinstance(ranges, str):
             ranges = _own_calibrators(model, ranges, folded, calibration, progress)
         cache = folder / "calibration_cache.json"
-        found = tensor_ranges(prepared.graph, placement, ranges, prepared.aliases, options)
+        known = {**ranges, **prepared.ranges}
+        found = tensor_ranges(prepared.graph, placement, known, prepared.aliases, options)
         growth = 1.0
         if options.exact_scales:
             exact = exact_scales(

@@ -570,3 +570,56 @@ def test_the_prepared_graph_needs_no_shape_inference_of_the_vendor(network: Mode
     assert all(name in prepared.graph for name in placement.nodes)
     assert placement.tails == ("logits",)
     onnx.checker.check_model(prepared.graph.proto, full_check=True)
+
+
+def test_for_another_processor_only_exactness_counts(
+    network: Model, ranges: Ranges, feeds: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zsq_deploy.backends.onnxruntime import choose as module
+
+    monkeypatch.setattr(module, "missing_features", lambda target: ("asimd",))
+    monkeypatch.setattr(
+        module, "paired_latency", lambda runners, feeds, **more: [1.0, *([2.0] * (len(runners) - 2)), 0.1]
+    )
+    choice = choose(network, ranges, ARM, tmp_path, images=[feeds])
+    assert choice.chosen.options.label == "wide"  # the last candidate is exactly as good, and "faster"
+    assert not choice.slower_than_float
+    assert any("asimd" in note for note in choice.notes)
+
+
+def test_slow_layers_are_offered_in_float(
+    network: Model, ranges: Ranges, feeds: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zsq_deploy.backends.base import KernelRecord
+    from zsq_deploy.backends.onnxruntime import choose as module
+
+    stem = next(node.name for node in network.folded().graph if "stem_w" in node.input)
+    rest = [node.name for node in network.folded().graph if node.op_type in ("Conv", "Gemm") and node.name != stem]
+
+    def profile(path: Path, *args: Any, mode: str = "engine", **more: Any) -> list[KernelRecord]:
+        slow = 50.0 if mode == "engine" else 10.0
+        fast = 5.0 if mode == "engine" else 9.0
+        times = {stem: slow, **dict.fromkeys(rest, fast)}
+        return [KernelRecord(name, "Conv", mode == "engine", t, (name,), 1) for name, t in times.items()]
+
+    def clock(runners: Any, feeds: Any, **more: Any) -> list[float]:
+        assert more
+        return (
+            [1.0, 1.5, 0.8]
+            if len(runners) == 3 and "mixed" in str(runners[2].path)
+            else [1.0, *([1.5] * (len(runners) - 1))]
+        )
+
+    monkeypatch.setattr(module, "kernels", profile)
+    monkeypatch.setattr(module, "paired_latency", clock)
+    offered = choose(network, ranges, VNNI, tmp_path / "a", images=[feeds])
+    assert offered.slower_than_float
+    assert offered.mixed is not None
+    assert offered.mixed.options.exclude == (stem,)
+    assert offered.chosen.options.exclude == ()  # integer everywhere, unless the user allows float layers
+    assert any(stem in note for note in offered.notes)
+    taken = choose(network, ranges, VNNI, tmp_path / "b", images=[feeds], allow_float_layers=True)
+    assert taken.chosen.options.exclude == (stem,)
+    assert taken.engine.path == tmp_path / "b" / "engine.onnx"
+    assert Graph.load(taken.engine.path).constant(Graph.load(taken.engine.path).node(stem).input[1]).dtype == np.float32
+    assert sorted(p.name for p in (tmp_path / "b").iterdir() if p.is_dir()) == []
