@@ -125,27 +125,33 @@ def check_runs(cleaned: Cleaned, *, where: str) -> None:
 
 
 def same_as_module(cleaned: Cleaned, module: torch.nn.Module, *, where: str) -> None:
-    """Compare an exported network with the module that it came from, on one random input.
+    """Compare an exported network with the module that it came from, on random inputs.
 
     Raises:
         ModelError: The outputs differ by more than a thousandth of the largest one: the export went wrong.
     """
-    feeds = example(cleaned, 2 if cleaned.dynamic_batch else 1)
-    found = _run(cleaned.proto, feeds)
-    if found is None:
-        return
-    with torch.no_grad():
-        wanted = [value for value in _flat(module(*feeds.values())) if value.is_floating_point()]
-    if len(wanted) != len(found):
-        return  # outputs that are no tensors: nothing to line up
-    for name, one, other in zip((spec.name for spec in Graph(cleaned.proto).outputs), found, wanted, strict=True):
-        largest = other.abs().max().item() if other.numel() else 0.0
-        if one.shape != other.shape or (one - other).abs().max().item() > 1e-3 * max(largest, 1e-6):
-            raise ModelError(
-                f"torch's export computes something else than the network itself (output {name!r})",
-                where=where,
-                remedy="look for Python code in forward() that depends on the input; export the network to ONNX and give the file",
-            )
+    batch = 2 if cleaned.dynamic_batch else 1
+    for sign in (1, -1):  # code that looks at its input often looks at the sign
+        feeds = {
+            name: sign * value if value.is_floating_point() else value
+            for name, value in example(cleaned, batch, seed=sign + 1).items()
+        }
+        found = _run(cleaned.proto, feeds)
+        if found is None:
+            return
+        with torch.no_grad():
+            wanted = [value for value in _flat(module(*feeds.values())) if value.is_floating_point()]
+        if len(wanted) != len(found):
+            return  # outputs that are no tensors: nothing to line up
+        for spec, one, other in zip(Graph(cleaned.proto).outputs, found, wanted, strict=True):
+            largest = other.abs().max().item() if other.numel() else 0.0
+            if one.shape != other.shape or (one - other).abs().max().item() > 1e-3 * max(largest, 1e-6):
+                raise ModelError(
+                    f"torch's export computes something else than the network itself (output {spec.name!r})",
+                    where=where,
+                    remedy="look for Python code in forward() that depends on the input; "
+                    "export the network to ONNX and give the file",
+                )
 
 
 def _flat(value: object) -> list[torch.Tensor]:

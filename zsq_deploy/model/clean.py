@@ -20,6 +20,7 @@ from zsq_deploy.model.editing import Net, is_default
 from zsq_deploy.model.normalize import normalize
 from zsq_deploy.model.shapes import Array, Evaluator, Probe, opsets, probe
 from zsq_deploy.model.simplify import View, simplify
+from zsq_deploy.model.unpack import unpack_sequences
 
 __all__ = ["Cleaned", "clean"]
 
@@ -207,8 +208,10 @@ def _reduce(net: Net, shapes: Sizes, batches: Sequence[int], where: str) -> Net:
     def look(current: Net) -> View:
         return View([_walk(current, _sized(shapes, batch), evaluator) for batch in batches])
 
-    while _splice_branch(net, look(net)):
-        pass
+    while True:
+        view = look(net)
+        if not _splice_branch(net, view) and not unpack_sequences(net, view):
+            break
     _refuse_control_flow(net, where)
     batch_input = next((name for name, shape in shapes.items() if shape and shape[0] == -1), None)
     _Folding(net, look(net), batches, batch_input).run()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import importlib
 import json
 import os
@@ -296,7 +297,7 @@ def _from_timm(text: str, weights: str | Path | None, input_shape: Shapes | None
     timm = _import_timm()
     bare = name.partition(".")[0]
     if not name or not timm.is_model(bare):
-        close = timm.list_models(f"*{bare[:6]}*")[:6] if bare else []
+        close = difflib.get_close_matches(bare, timm.list_models(), n=5)
         raise UsageError(
             f"timm has no network called {name!r}",
             where=text,
