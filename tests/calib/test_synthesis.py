@@ -252,19 +252,18 @@ def test_an_interrupted_run_goes_on_exactly(at: int, method: str, tmp_path_facto
 
 _CHILD = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from pathlib import Path
-from zsq_deploy.calib.synthesis import synthesize
+import zsq_deploy.calib.synthesis as synthesis
 from zsq_deploy.errors import InterruptedRunError
-from zsq_deploy.model import load_model, Preprocess
+from zsq_deploy.model import load_model
 from zsq_deploy.progress import PlainProgress
-import zsq_deploy.calib.synthesis as module
-module._SAVE_EVERY = 0.0
-model = load_model(sys.argv[2])
+synthesis._SAVE_EVERY = 0.0
 try:
-    made = synthesize(model, method="zeroq", images=6, batch_size=3, device="cpu", workdir=Path(sys.argv[3]), resume=True,
-                      parameters={"steps": 400, "stop_patience": 0}, progress=PlainProgress(0.0))
+    made = synthesis.synthesize(
+        load_model(sys.argv[1]), images=6, batch_size=3, device="cpu", workdir=Path(sys.argv[2]), resume=True,
+        parameters={"steps": 300, "stop_patience": 0}, progress=PlainProgress(0.0),
+    )
     print("digest", made.digest)
 except InterruptedRunError as error:
     print("interrupted", error.exit_code)
@@ -274,39 +273,42 @@ except InterruptedRunError as error:
 @pytest.mark.slow
 def test_real_signals(tmp_path: Path) -> None:
     """Ctrl-C ends cleanly between two steps; even SIGKILL leaves a state that is gone on from exactly."""
-    onnx.save(small().graph.proto, tmp_path / "small.onnx")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    file, folder = tmp_path / "small.onnx", tmp_path / "state"
+    onnx.save(small().graph.proto, file)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    parameters = {"steps": 300, "stop_patience": 0}
+    whole = synthesize(load_model(file), images=6, batch_size=3, device="cpu", parameters=parameters)
+    torch.set_num_threads(threads)
 
-    def start(folder: str) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-c",
-            _CHILD,
-            str(Path(__file__).parent),
-            str(tmp_path / "small.onnx"),
-            str(tmp_path / folder),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(file), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
-    undisturbed, _ = start("whole").communicate(timeout=120)
-    assert undisturbed.startswith("digest")
-    child = start("cut")
-    assert child.stderr is not None
-    for number, line in enumerate(child.stderr):
-        if "loss" in line and number > 50:
-            break
+    def let_run(child: subprocess.Popen, lines: int) -> None:
+        assert child.stderr is not None
+        seen = 0
+        for line in child.stderr:
+            seen += "loss" in line
+            if seen == lines:
+                return
+
+    child = start()
+    let_run(child, 40)
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=60)
-    assert out.strip() == "interrupted 130"
-    child = start("cut")
-    assert child.stderr is not None
-    for number, line in enumerate(child.stderr):
-        if "loss" in line and number > 50:
-            break
+    out, errors = child.communicate(timeout=120)
+    assert out.strip() == "interrupted 130", errors
+    child = start()
+    let_run(child, 330)  # into the second batch
     child.kill()
-    child.communicate(timeout=60)
-    resumed, errors = start("cut").communicate(timeout=120)
-    assert resumed == undisturbed, errors
+    child.communicate(timeout=120)
+    out, errors = start().communicate(timeout=240)
+    assert out.strip() == f"digest {whole.digest}", errors
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
