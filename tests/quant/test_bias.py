@@ -93,6 +93,22 @@ def test_the_output_gets_closer_to_float_on_other_images(seed):
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_images_beyond_the_ranges_do_no_harm():
+    """What clipping does to images five times too bright says nothing about real ones."""
+    _, folded, x, quantize = setup(1, weight=Scheme(6, granularity=Granularity.CHANNEL))
+    q = quantize(folded.graph)
+    bright = [{"image": 5 * x}]
+
+    def error(biases):
+        graph = quantize(apply_biases(folded.graph, biases))
+        name = folded.graph.outputs[0].name
+        return np.square(values(graph, x, [name])[name] - values(folded.graph, x, [name])[name]).mean()
+
+    untouched = error({})
+    assert error(correct_bias(folded, q, bright, device="cpu")) < 1.5 * untouched
+    assert error(correct_bias(folded, q, bright, device="cpu", saturate=False)) > 3 * untouched
+
+
 def test_less_memory_uses_fewer_images_and_still_works():
     _, folded, x, quantize = setup()
     q = quantize(folded.graph)

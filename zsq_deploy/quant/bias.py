@@ -5,6 +5,10 @@ good part of its spread (Nagel et al. 2019, *Data-Free Quantization*, section 4.
 twin and the quantized twin on synthetic images. Analytically, it is ``(W_quantized - W) E[x]``, with ``E[x]`` from the batch
 normalizations.
 
+Only rounding is to be corrected. Synthetic images can drive activations beyond the ranges much more often than real ones do; the
+shift that clipping them causes says nothing about real images. So the float pass saturates every activation where the Q/DQ graph
+does (``saturate=False`` measures clipping too).
+
 The empirical correction is sequential: when a layer is measured, all layers before it are corrected already. Both passes are one
 forward each. The float pass only leaves means behind. The quantized pass runs all images as one batch, measures each layer's mean as
 soon as the layer is computed, and corrects the value before anything reads it.
@@ -28,7 +32,7 @@ from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.model.model import Model
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.analytic import propagate_model
-from zsq_deploy.quant.reader import dequantized_weight
+from zsq_deploy.quant.reader import dequantized_weight, read_qdq
 from zsq_deploy.quant.statistics import micro_batches
 
 __all__ = ["BiasSite", "apply_biases", "bias_sites", "correct_bias", "correct_bias_analytically"]
@@ -128,6 +132,7 @@ def correct_bias(
     qdq: Graph,
     batches: Iterable[Mapping[str, Array]],
     *,
+    saturate: bool = True,
     memory: int = 1 << 30,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -139,6 +144,7 @@ def correct_bias(
         folded: The float network with batch normalization folded.
         qdq: The Q/DQ graph made from it; layers are matched by node name.
         batches: Images by input name; all of them are used, unless `memory` does not allow it.
+        saturate: Let the float pass saturate where the Q/DQ graph does, so that rounding alone is measured.
         memory: Bytes that the activations of the quantized pass may take; fewer images are used where they would take more.
         device: Where to compute.
         seed: Not used: the measurement draws nothing.
@@ -194,9 +200,11 @@ def correct_bias(
 
             return look
 
+        looks: dict[str, Any] = {site.output: remember(site) for site in sites}
+        taps = _saturations(graph, qdq, looks) if saturate else looks
         for batch in _chunks(images, 16):
             share = len(next(iter(batch.values()))) / float(count)
-            floating.run(feed(batch), fetch=(), taps={site.output: remember(site) for site in sites})
+            floating.run(feed(batch), fetch=(), taps=taps)
         task.advance(len(sites))
 
         corrections: dict[str, torch.Tensor] = {}
@@ -223,6 +231,25 @@ def correct_bias(
         for site in sites
         if site.node in corrections
     }
+
+
+def _saturations(graph: Graph, qdq: Graph, looks: Mapping[str, Any]) -> dict[str, Any]:
+    """Taps that keep the activations of the float graph inside what the Q/DQ graph can represent, after looking at them."""
+    known = {spec.name for spec in graph.inputs} | {name for node in graph.nodes for name in node.output}
+    limits = {t.name: (t.low, t.high) for t in read_qdq(qdq) if not t.is_weight and t.name in known}
+
+    def tap(name: str) -> Any:
+        low, high = limits[name]
+        look = looks.get(name)
+
+        def saturated(x: torch.Tensor) -> torch.Tensor:
+            if look is not None:
+                look(x)
+            return x.clamp(low, high)
+
+        return saturated
+
+    return {**looks, **{name: tap(name) for name in limits}}
 
 
 def _carries_bias(qdq: Graph, site: BiasSite) -> bool:
