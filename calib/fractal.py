@@ -4,25 +4,25 @@ What a network's layers answer to is edges, colours, textures and contrasts at a
 ``fractal`` baseline draws pictures that do, from random numbers only:
 
 * **Fractals**: attractors of random iterated function systems of 2 to 4 affine maps, played as a chaos game and coloured by
-  density (Kataoka et al., "Pre-training without natural images", ACCV 2020, section 3). The maps are sampled by their singular
-  values with a bound on their sum, which avoids the many systems that collapse to a speck (Anderson and Farrell, "Improving
-  fractal pre-training", WACV 2022, section 3.2; the interval of the bound is the paper's).
-* **Visual atoms**: closed contours whose radius is a sum of two sinusoids (Takashima et al., "Visual atoms: pre-training vision
-  transformers with sinusoidal waves", CVPR 2023, equation 2), here filled, and nested as rings.
+  density (Kataoka et al., "Pre-training without natural images", ACCV 2020). The maps are sampled by their singular values with
+  bounds on a weighted sum of them, which avoids the many systems that collapse to a speck (Anderson and Farrell, "Improving
+  fractal pre-training", WACV 2022). A bank of 48 of them is made once; each picture places some, turned, stretched and recoloured.
+* **Visual atoms**: closed contours whose radius is modulated by two sinusoids of whole frequencies (Takashima et al., "Visual
+  atoms: pre-training vision transformers with sinusoidal waves", CVPR 2023). The paper draws thin nested orbits; here each
+  contour is one filled shape among others.
 * **Dead leaves**: shapes that hide each other, with sizes drawn from a density proportional to r^-3 between two bounds. The
   result is scale invariant and has the heavy-tailed edges and the 1/f spectrum of photographs (Ruderman, "Origins of scaling in
   natural images", Vision Research 1997; Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001).
 * **Surfaces**: each leaf has a colour from the picture's small palette, shading (a plane plus a bulge), and a texture (power-law
-  noise, gratings, cells, fractals) at its own scale and direction. Luminance varies most, blue-yellow less and red-green least
+  noise, gratings, cells) at its own scale and direction. Luminance varies most, blue-yellow less and red-green least
   (Ruderman, Cronin and Chiao, "Statistics of cone responses to natural images", JOSA A 1998).
 * **Camera**: a blurred background behind sharp objects, light that changes across the picture, contrast and brightness that
   change from picture to picture, over- and under-exposure included.
 
 The parameters come from these papers and from what is published of photographs in general (mid gray on average, an RMS contrast
 of about 0.2, few clipped pixels, standard deviations of about 7 : 2 : 1 along luminance, blue-yellow and red-green); none was
-fitted to a network or to evaluation images. Pictures are
-drawn at twice the resolution and averaged, so edges are as smooth as a lens leaves them. Each picture depends on (seed, stream,
-index) and its size only.
+fitted to a network or to evaluation images. Pictures are drawn at twice the resolution and averaged, so edges are as smooth as a
+lens leaves them. Each picture depends on (seed, stream, index) and its size only.
 """
 
 from __future__ import annotations
