@@ -8,6 +8,8 @@ histogram calibrators keep the activations of a whole call in memory: chunks are
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -111,9 +113,11 @@ def calibrate(
                 for images in calibration.batches(step):
                     if fixed and len(next(iter(images.values()))) != fixed:
                         continue  # the rest of the set does not fill the fixed batch
-                    calibrator.collect_data(_Chunk(iter([images])))
+                    with contextlib.redirect_stdout(sys.stderr):
+                        calibrator.collect_data(_Chunk(iter([images])))
                     task.advance(len(next(iter(images.values()))))
-            data = calibrator.compute_data()
+            with contextlib.redirect_stdout(sys.stderr):  # it prints, and standard output belongs to our caller
+                data = calibrator.compute_data()
         except CalibrationError:
             raise
         except Exception as error:
