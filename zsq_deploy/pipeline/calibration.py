@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq_deploy.calib import CalibrationSet
+from zsq_deploy.calib.fractal import fractal
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.synthesis import synthesize
 from zsq_deploy.errors import CalibrationError, StaleArtifactError, UsageError
@@ -25,6 +26,11 @@ OWN_CALIBRATORS = ("ort-minmax", "ort-entropy", "ort-percentile")
 
 COVERAGE_SIGMAS = 6.0
 """How far behind a batch norm activations are taken to reach, in its own standard deviations, when `auto` looks at coverage."""
+
+
+PROBES = 32
+"""Structured pictures that `auto` also looks at. Images that match statistics one by one are all alike in what a global pooling
+gives, for instance; pictures that know nothing of the network are not."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def make_images(
     )
     return Images(
         whole.take(0, images),
-        whole.take(images),
+        whole.take(images) if holdout else whole,
         whole.manifest.method,
         time.monotonic() - started,
         tuple(whole.manifest.notes),
@@ -183,6 +189,14 @@ def _finished_images(root: Path, model: Model, spec: CalibrationSection) -> Imag
 
 def _notes_without_images() -> tuple[str, ...]:
     return ("ranges come from batch-norm parameters alone; fractal images serve to estimate the quality",)
+
+
+def probe_images(model: Model, count: int, *, seed: int = 20_001) -> dict[str, Any] | None:
+    """Structured pictures for the network's only input; ``None`` where the input is no picture."""
+    spec = model.inputs[0]
+    if len(model.inputs) != 1 or len(spec.shape) != 4 or spec.shape[1] not in (1, 3) or spec.dtype.kind != "f":
+        return None
+    return {spec.name: fractal(spec, count, seed=seed, preprocess=model.preprocess)}
 
 
 @dataclass(frozen=True)
@@ -260,12 +274,33 @@ def measure_ranges(
     if method in OWN_CALIBRATORS:
         chosen = method
     elif method == "auto":
+        reached = observed
+        probes = probe_images(model, PROBES)
+        if probes is not None:
+            seen = collect(
+                folded.graph,
+                [probes],
+                micro_batch=16 if model.dynamic_batch else 1,
+                device=device,
+                progress=progress,
+                total=PROBES,
+            ).ranges("minmax")
+            wider = {
+                name: (min(low, seen[name][0]), max(high, seen[name][1]))
+                for name, (low, high) in observed.items()
+                if name in seen
+            }
+            grown = sum(wider[name] != observed[name] for name in wider)
+            reached = observed.updated(wider, method="minmax + pictures")
+            notes.append(
+                f"{PROBES} structured pictures reached further than the images in {grown} of {len(wider)} activations"
+            )
         implied = implied_ranges(model, sigmas=COVERAGE_SIGMAS)
-        chosen, coverage = widen(observed, implied)
+        chosen, coverage = widen(reached, implied)
         if coverage:
             low = [name for name, share in coverage.items() if share < 1.0]
             notes.append(
-                f"the images reach what batch norm implies ({COVERAGE_SIGMAS:g} sigma) in {len(coverage) - len(low)} of "
+                f"what was seen reaches what batch norm implies ({COVERAGE_SIGMAS:g} sigma) in {len(coverage) - len(low)} of "
                 f"{len(coverage)} activations; the ranges of the other {len(low)} were widened"
             )
     else:
