@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.onnxruntime.grouping import group
 from zsq_deploy.backends.onnxruntime.integer import IntegerReference
-from zsq_deploy.backends.onnxruntime.kernels import Arithmetic, Arm64Arithmetic, arithmetic_for
+from zsq_deploy.backends.onnxruntime.kernels import Arithmetic, Arm64Arithmetic, arithmetic_for, arithmetic_here
 from zsq_deploy.backends.onnxruntime.kernels.accumulate import (
     ConvShape,
     Weights,
@@ -98,7 +98,9 @@ def test_the_first_diverging_value_is_found(tmp_path: Path) -> None:
             return np.where(right > 0, right - 1, right).astype(right.dtype)
 
     path = quantize(residual_network(), tmp_path)
-    reference = IntegerReference(path, TARGET, arithmetic=Truncating())
+    here = arithmetic_here()
+    truncating = Truncating(saturating_pairs=here.saturating_pairs, runtime=here.runtime)
+    reference = IntegerReference(path, TARGET, arithmetic=truncating)
     found = reference.first_divergence(
         {"x": np.random.default_rng(3).standard_normal((2, 3, 20, 20)).astype(np.float32)}
     )
