@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -153,8 +152,10 @@ def _distinct(graph: Graph, options: Sequence[BuildOptions]) -> list[BuildOption
     return list(kept.values())
 
 
-def paired_latency(runners: Sequence[OrtRunner], feeds: Feeds, *, rounds: int = 40, warmup: int = 5) -> list[float]:
-    """Median milliseconds of several runners on one input, measured in turns of a few runs each.
+def paired_latency(
+    runners: Sequence[OrtRunner], feeds: Feeds, *, rounds: int = 40, warmup: int = 5, quantile: float = 0.5
+) -> list[float]:
+    """Milliseconds (median, or another quantile) of several runners on one input, measured in turns of a few runs each.
 
     The first run of a turn is not counted: it pays for the caches that the runner before it left behind.
     """
@@ -166,7 +167,7 @@ def paired_latency(runners: Sequence[OrtRunner], feeds: Feeds, *, rounds: int = 
                 one.run(feeds)
                 if number and again:
                     kept.append((time.perf_counter() - started) * 1e3)
-    return [median(kept) for kept in times]
+    return [float(np.quantile(kept, quantile)) for kept in times]
 
 
 def quality(outputs: Sequence[Mapping[str, Array]], reference: Sequence[Mapping[str, Array]]) -> tuple[float, float]:
