@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ TORCH = {
 NOISE = {"Cast", "CastLike", "ConstantOfShape", "Constant", "Identity", "Mod", "Equal", "Where", "Unsqueeze"}
 
 
+@cache
 def load(assets: Path, name: str) -> Model:
     shape = (1, 1, 64, 64) if name == "dncnn25" else None
     return load_model(assets / "models" / f"{name}.onnx", input_shape=shape)
 
 
+@cache
 def load_torch(assets: Path, name: str) -> Model:
     spec, shape = TORCH[name]
     folder = assets / "models"
@@ -78,7 +81,7 @@ def test_files_keep_batch_norms_and_lose_noise(assets, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_loading_twice_gives_one_digest(assets, name):
-    first, second = load(assets, name), load(assets, name)
+    first, second = load(assets, name), load.__wrapped__(assets, name)
     assert first.digest == second.digest
     assert first.folded().graph.digest == second.folded().graph.digest
     assert first.digest != first.folded().graph.digest or not FILES[name]
@@ -109,7 +112,7 @@ def test_torch_form_equals_file_form(assets, name, ort_run, relative_error, imag
 
 
 def test_torch_form_is_named_after_its_modules_and_repeatable(assets):
-    model, again = load_torch(assets, "resnet20_cifar10"), load_torch(assets, "resnet20_cifar10")
+    model, again = load_torch(assets, "resnet20_cifar10"), load_torch.__wrapped__(assets, "resnet20_cifar10")
     assert model.digest == again.digest
     assert "layer2.0.conv1/Conv" in model.graph
     assert model.graph.node("layer2.0.conv1/Conv").input[1] == "layer2.0.conv1.weight"
