@@ -193,6 +193,7 @@ class OutputFolder:
         self.identity = identity
         self._lock: filelock.FileLock | None = None
         self._made = False
+        self._foreign: set[str] = set()
 
     @classmethod
     def reopen(cls, path: Path) -> OutputFolder:
@@ -285,45 +286,46 @@ class OutputFolder:
                 where=str(self.path),
                 remedy="resume with the same options as before (they are in recipe.resolved.yaml there), or start over with --force",
             )
-        claimed = {str(name) for name in before.get("owns", ())}
+        owned = {str(name) for name in before.get("owns", ())} | set(self.owns)
+        self.owns = tuple(sorted(name for name in owned if Path(name).name == name and name != ".."))
+        self._foreign = {str(name) for name in before.get("foreign", ())}
         if self.force and not self.resume:
-            self._remove_results(claimed | set(self.owns), before.get("files"))
-        write_json(
-            self.path / self.MARKER,
-            {"state": "running", "identity": self.identity, "owns": sorted(claimed | set(self.owns))},
-        )
+            self._remove_results(before.get("files"))
+            self._foreign = set(self._files())
+        self._mark("running")
 
-    def _remove_results(self, owned: set[str], files: object) -> None:
+    def _mark(self, state: str, **more: Any) -> None:
+        marker = {"state": state, "identity": self.identity, "owns": list(self.owns), "foreign": sorted(self._foreign)}
+        write_json(self.path / self.MARKER, {**marker, **more})
+
+    def _remove_results(self, files: object) -> None:
         """Remove what an earlier run wrote. Of a finished one every file is known, so that files put beside them stay."""
-        known = {self.path / str(name) for name in files} if isinstance(files, list) else None
-        for entry in (self.path / name for name in owned if Path(name).name == name):
+        known = {str(name) for name in files} if isinstance(files, list) else set(self._files()) - self._foreign
+        for entry in (self.path / name for name in self.owns):
             if entry.is_symlink() or not entry.is_dir():
                 entry.unlink(missing_ok=True)
-            elif known is None:
-                shutil.rmtree(entry)
-            else:
-                for file in sorted(entry.rglob("*"), reverse=True):
-                    if file.is_dir() and not file.is_symlink():
-                        with contextlib.suppress(OSError):  # somebody's file is in it
-                            file.rmdir()
-                    elif file in known:
-                        file.unlink()
-                with contextlib.suppress(OSError):
-                    entry.rmdir()
+                continue
+            for file in sorted(entry.rglob("*"), reverse=True):
+                if file.is_dir() and not file.is_symlink():
+                    with contextlib.suppress(OSError):  # somebody's file is in it
+                        file.rmdir()
+                elif str(file.relative_to(self.path)) in known:
+                    file.unlink()
+            with contextlib.suppress(OSError):
+                entry.rmdir()
 
     def _files(self) -> list[str]:
+        """All files in the folders that runs own."""
         found: list[str] = []
-        for entry in (self.path / name for name in sorted(self.owns)):
+        for entry in (self.path / name for name in self.owns):
             if entry.is_dir() and not entry.is_symlink():
-                found.extend(str(file.relative_to(self.path)) for file in sorted(entry.rglob("*")) if not file.is_dir())
+                inner = (file for file in sorted(entry.rglob("*")) if file.is_symlink() or not file.is_dir())
+                found.extend(str(file.relative_to(self.path)) for file in inner)
         return found
 
     def finish(self) -> None:
         """Mark the run as complete."""
-        write_json(
-            self.path / self.MARKER,
-            {"state": "finished", "identity": self.identity, "owns": sorted(self.owns), "files": self._files()},
-        )
+        self._mark("finished", files=[name for name in self._files() if name not in self._foreign])
 
     def _release(self) -> None:
         if self._lock is not None:

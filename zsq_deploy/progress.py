@@ -66,13 +66,13 @@ class RichProgress:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._bars = _Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             console=self._console,
         )
         self._open = 0
@@ -105,7 +105,7 @@ class RichProgress:
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False)
 
 
 class PlainProgress:

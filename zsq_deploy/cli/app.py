@@ -29,15 +29,19 @@ app = typer.Typer(
 )
 
 
+_INTERRUPTED = 130
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and give the exit code; usage errors of the parser are 2."""
     command = typer.main.get_command(app)
     try:
         result = command.main(args=arguments, prog_name="zsq", standalone_mode=False)
     except typer.Exit as stop:
+        if stop.exit_code == _INTERRUPTED:  # the parser turns Ctrl-C into this, and says nothing
+            raise KeyboardInterrupt from stop
         return int(stop.exit_code)
     except typer.Abort as stop:
-        # The parser turns Ctrl-C into this; whoever called us knows better what to say about it.
         raise KeyboardInterrupt from stop
     except Exception as error:
         # Typer brings its own copy of click, whose usage errors can be told by what they can do.

@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -109,6 +110,8 @@ class _Child:
 
 def main() -> int:
     """Serve commands until standard input ends."""
+    # Ctrl-C reaches every process of a terminal; it is for the parent to decide, and this one ends with its standard input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A runtime may write to standard output, from C as well: the answers get a descriptor of their own.
     answers = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"), write_through=True, encoding="utf-8")
     os.dup2(2, 1)
