@@ -238,6 +238,56 @@ def test_views_and_transpositions_in_a_row_are_one(cleaned):
     assert list(model.graph.nodes[1].attribute[0].ints) == [0, 1, 3, 2]
 
 
+def test_writing_every_row_is_no_write(cleaned):
+    """``x += y``: what torch's exporter makes of it."""
+    body = """
+        s = Shape (x)
+        zero = Constant <value = int64 {0}> ()
+        one = Constant <value = int64 {1}> ()
+        n = Gather (s, zero)
+        r = Range (zero, n, one)
+        axes = Constant <value_ints = [-1]> ()
+        rows = Unsqueeze (r, axes)
+        a = Relu (x)
+        b = Add (a, x)
+        y = ScatterND (a, rows, b)
+    """
+    assert ops(cleaned(text(body)).graph) == {"Relu": 1, "Add": 1}
+    backwards = body.replace("Range (zero, n, one)", "Range (m, minus, minus)").replace(
+        "r =", "minus = Constant <value = int64 {-1}> () m = Sub (n, one) r ="
+    )
+    assert ops(cleaned(text(backwards)).graph)["ScatterND"] == 1
+
+
+def test_slices_in_a_row_are_one(cleaned):
+    model = cleaned(
+        text("""
+        zero = Constant <value_ints = [0]> ()
+        large = Constant <value_ints = [9223372036854775807]> ()
+        two = Constant <value_ints = [2]> ()
+        last = Constant <value_ints = [-1]> ()
+        one = Constant <value_ints = [1]> ()
+        a = Slice (x, zero, large, two, two)
+        b = Slice (a, one, last, last)
+        y = Slice (b, zero, two, one)
+    """)
+    )
+    assert ops(model.graph) == {"Slice": 1}
+
+
+def test_slices_along_one_axis_stay_two(cleaned):
+    model = cleaned(
+        text("""
+        one = Constant <value_ints = [1]> ()
+        two = Constant <value_ints = [2]> ()
+        seven = Constant <value_ints = [7]> ()
+        a = Slice (x, one, seven, two, two)
+        y = Slice (a, one, seven, two)
+    """)
+    )
+    assert ops(model.graph) == {"Slice": 2}
+
+
 def test_transpose_between_unsqueeze_and_squeeze(cleaned):
     model = cleaned(
         text("""

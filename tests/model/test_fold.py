@@ -171,6 +171,60 @@ def test_layers_that_others_need_are_left_alone(case, ort_run, relative_error):
         assert relative_error(one, other) < 5e-6
 
 
+@pytest.mark.parametrize("layer", ["conv with bias", "grouped transposed", "gemm transposed", "conv 1d"])
+def test_constants_behind_a_layer_become_part_of_it(layer, ort_run, relative_error):
+    """A frozen batch normalization, written as multiplication and addition, with the constant on either side."""
+    (op,), sizes, attributes, shape = LAYERS[layer]
+    channel = (6, *[1] * (len(shape) - 2))
+    values = {key: normal(*size) for key, size in sizes.items()}
+    values |= {"s": normal(1, *channel), "t": normal(*channel), "u": normal(1), "d": np.float32(3).reshape(())}
+    nodes = [
+        helper.make_node(op, ["x", *sizes], ["a"], name="layer", **attributes),
+        helper.make_node("Mul", ["s", "a"], ["p"], name="mul"),
+        helper.make_node("Add", ["p", "t"], ["c"], name="add"),
+        helper.make_node("Sub", ["c", "u"], ["e"], name="sub"),
+        helper.make_node("Div", ["e", "d"], ["y"], name="div"),
+    ]
+    before = graph(nodes, values, list(shape), len(shape))
+    folded = fold(before)
+    assert [node.op_type for node in folded.graph] == [op]
+    assert not folded.batch_norms
+    feeds = normal(*shape)
+    assert relative_error(ort_run(folded.graph, feeds)[0], ort_run(before, feeds)[0]) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "constant"),
+    [
+        ("Add", "ac", (1, 4, 2, 2)),  # another number at every position
+        ("Add", "ac", (2,)),  # along the last axis, not along the channels
+        ("Add", "ac", (3, 1, 4, 1, 1)),  # one dimension more
+        ("Sub", "ca", (4, 1, 1)),  # the other way round
+        ("Div", "ca", (4, 1, 1)),
+    ],
+)
+def test_constants_that_are_not_per_channel_stay(op, inputs, constant, ort_run, relative_error):
+    values = {"w": normal(4, 4, 1, 1), "c": normal(*constant)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="layer"),
+        helper.make_node(op, list(inputs), ["y"], name="after"),
+    ]
+    before = graph(nodes, values, [1, 4, 2, 2], max(4, len(constant)))
+    folded = fold(before)
+    assert [node.op_type for node in folded.graph] == ["Conv", op]
+
+
+def test_a_layer_with_a_batch_norm_keeps_the_name_of_what_it_produces(ort_run, relative_error):
+    values = {"w": normal(4, 4, 1, 1), "c": normal(4, 1, 1)} | norm_constants(4)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="layer"),
+        bn("a", "b"),
+        helper.make_node("Mul", ["b", "c"], ["y"], name="scale"),
+    ]
+    folded = fold(graph(nodes, values, [1, 4, 2, 2]))
+    assert folded.graph.node("layer").output[0] == folded.batch_norms["layer"].output == "b"
+
+
 def test_statistics_that_are_computed_are_refused():
     values = norm_constants(4)
     del values["bn.mean"]

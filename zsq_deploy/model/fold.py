@@ -152,7 +152,7 @@ def fold(graph: Graph) -> Folded:
             continue
         if norm.conv is not None:
             layer = net.producers()[node.input[0]]
-            _fold_into(net, layer, norm)
+            _fold_into(net, layer, norm.scale, norm.shift)
             net.remove([node])
             layer.output[0] = norm.output
             net.touch()
@@ -160,6 +160,7 @@ def fold(graph: Graph) -> Folded:
         else:
             done[node.name] = norm
             _as_affine(net, node, norm, graph.shape(norm.input))
+    _fold_constants(net, set(done))
     net.sweep()
     proto = net.proto()
     boundary = {value.name for value in (*proto.graph.input, *proto.graph.output)}
@@ -172,9 +173,66 @@ def _float32(value: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(value, np.float32)
 
 
-def _fold_into(net: Net, layer: onnx.NodeProto, norm: BatchNorm) -> None:
+def _fold_constants(net: Net, taken: set[str]) -> None:
+    """Fold a constant per channel that is added to a layer's output or multiplied with it into the layer, in place.
+
+    That is how exporters write a bias, a frozen batch normalization or a layer scale. Layers in `taken` hold a batch
+    normalization already; what they produce keeps its name, so they are left alone.
+    """
+    for layer in list(net.nodes):
+        if layer.name in taken or not is_default(layer, "Conv", "ConvTranspose", "Gemm"):
+            continue
+        while (found := _constant_behind(net, layer)) is not None:
+            node, scale, shift = found
+            _fold_into(net, layer, scale, shift)
+            net.remove([node])
+            layer.output[0] = node.output[0]
+            net.touch()
+
+
+def _constant_behind(net: Net, layer: onnx.NodeProto) -> tuple[onnx.NodeProto, Doubles, Doubles] | None:
+    """The Add, Sub, Mul or Div with a constant that alone reads a layer's output, as scale and shift per channel."""
+    value = layer.output[0]
+    readers = net.consumers().get(value, [])
+    if value in net.output_names or len(readers) != 1 or not is_default(readers[0], "Add", "Sub", "Mul", "Div"):
+        return None
+    node = readers[0]
+    weight, bias = net.constant(layer.input[1]), np.zeros(1)
+    if len(layer.input) > 2 and layer.input[2]:
+        stored = net.constant(layer.input[2])
+        if stored is None or (stored.ndim > 1 and stored.size != stored.shape[-1]):
+            return None
+        bias = stored
+    if weight is None or list(node.input).count(value) != 1:
+        return None
+    other = node.input[1 - list(node.input).index(value)]
+    array = net.constant(other)
+    if array is None or (node.op_type in ("Sub", "Div") and node.input[0] != value):
+        return None
+    attributes_of = net.attributes(layer)
+    if layer.op_type == "Conv":
+        channels, rank, axis = weight.shape[0], weight.ndim, 1
+    elif layer.op_type == "ConvTranspose":
+        channels, rank, axis = weight.shape[1] * int(attributes_of.get("group", 1)), weight.ndim, 1
+    else:
+        channels, rank, axis = weight.shape[0 if attributes_of.get("transB", 0) else 1], 2, 1
+    if array.ndim > rank or bias.size not in (1, channels):
+        return None
+    shape = (1,) * (rank - array.ndim) + array.shape
+    if any(size != 1 for position, size in enumerate(shape) if position != axis) or shape[axis] not in (1, channels):
+        return None
+    constant = np.broadcast_to(np.asarray(array, np.float64).reshape(-1), (channels,))
+    if node.op_type in ("Add", "Sub"):
+        return node, np.ones(channels), constant if node.op_type == "Add" else -constant
+    if node.op_type == "Div":
+        if not np.all(constant):
+            return None
+        constant = 1.0 / constant
+    return node, constant, np.zeros(channels)
+
+
+def _fold_into(net: Net, layer: onnx.NodeProto, scale: Doubles, shift: Doubles) -> None:
     """Scale a layer's weight and set its bias, in place; the constants are new, because others may share the old ones."""
-    scale, shift = norm.scale, norm.shift
     weight_name = layer.input[1]
     weight = np.asarray(net.constant(weight_name), np.float64)
     found = net.attributes(layer)

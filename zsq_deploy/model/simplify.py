@@ -117,6 +117,22 @@ def _no_op(net: Net, view: View, node: onnx.NodeProto) -> bool:
     return False
 
 
+def _full_scatter(net: Net, view: View, node: onnx.NodeProto) -> bool:
+    """Writing every row of a tensor, which is how exporters spell ``x += y``, hands on what is written."""
+    if not is_default(node, "ScatterND") or net.attributes(node).get("reduction", "none") != "none":
+        return False
+    if not view.same(node.input[2], node.output[0]):
+        return False
+    for walk in view.probes:
+        rows, shape = walk.data.get(node.input[1]), walk.known(node.output[0])
+        if rows is None or not shape or rows.shape != (shape[0], 1) or not np.array_equal(rows[:, 0], range(shape[0])):
+            return False
+    updates, output, name = node.input[2], node.output[0], node.name
+    node.CopyFrom(onnx.helper.make_node("Identity", [updates], [output], name=name))
+    net.touch()
+    return True
+
+
 def _view_of_view(net: Net, view: View, node: onnx.NodeProto) -> bool:
     """Two reshaping nodes in a row are one Reshape."""
     if not is_default(node, *_VIEWS):
@@ -174,6 +190,44 @@ def _transpose_of_ones(net: Net, view: View, node: onnx.NodeProto) -> bool:
     output, name = last.output[0], last.name
     last.CopyFrom(onnx.helper.make_node("Transpose", [node.input[0]], [output], name=name, perm=merged))
     net.remove([node, middle])
+    return True
+
+
+def _slice_of_slice(net: Net, view: View, node: onnx.NodeProto) -> bool:
+    """Two slices in a row along different axes are one."""
+    if not is_default(node, "Slice"):
+        return False
+    reader = _single_reader(net, node.output[0])
+    rank = view.rank(node.input[0])
+    if reader is None or not is_default(reader, "Slice") or reader.input[0] != node.output[0] or rank is None:
+        return False
+    merged: dict[int, tuple[int, int, int]] = {}
+    for item in (node, reader):
+        parts = [net.constant(name) if name else None for name in item.input[1:]]
+        if len(parts) < 2 or any(part is None and name for part, name in zip(parts, item.input[1:], strict=True)):
+            return False
+        starts, ends, axes, steps = (*parts, None, None)[:4]
+        assert starts is not None
+        assert ends is not None
+        axes = np.arange(len(starts)) if axes is None else axes
+        steps = np.ones(len(starts)) if steps is None else steps
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            if int(axis) % rank in merged:
+                return False
+            merged[int(axis) % rank] = (int(start), int(end), int(step))
+    axes_in_order = sorted(merged)
+    starts_ends_steps = [[merged[axis][part] for axis in axes_in_order] for part in range(3)]
+    names = [
+        net.add_constant(f"{reader.name}.{part}", np.asarray(value, np.int64))
+        for part, value in zip(
+            ("starts", "ends", "axes", "steps"),
+            (*starts_ends_steps[:2], axes_in_order, starts_ends_steps[2]),
+            strict=True,
+        )
+    ]
+    output, name = reader.output[0], reader.name
+    reader.CopyFrom(onnx.helper.make_node("Slice", [node.input[0], *names], [output], name=name))
+    net.remove([node])
     return True
 
 
@@ -270,11 +324,13 @@ def _expand_before_broadcast(net: Net, view: View, node: onnx.NodeProto) -> bool
 
 
 _RULES: Sequence[Rule] = (
+    _full_scatter,
     _no_op,
     _expand_before_broadcast,
     _view_of_view,
     _transpose_of_transpose,
     _transpose_of_ones,
+    _slice_of_slice,
     _pad_into_conv,
     _mean_to_pool,
     _zero_bias,
