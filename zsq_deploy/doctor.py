@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import sys
 from importlib import metadata
@@ -65,42 +64,45 @@ def examine() -> dict[str, Any]:
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         },
         "synthesis_device": "cuda" if cuda else "cpu",
-        "timm": importlib.util.find_spec("timm") is not None,
         "targets": targets,
     }
 
 
 def print_examination(found: dict[str, Any], console: Console) -> None:
     """Draw what :func:`examine` found."""
+
+    def say(text: str = "") -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     machine = found["machine"]
-    console.print(
-        f"zsq-deploy {found['zsq-deploy']}, Python {found['python']} ({found['executable']})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    cpu = machine.get("cpu") or machine.get("model") or platform.processor()
-    console.print(f"CPU: {cpu}", highlight=False, soft_wrap=True)
-    devices = (
-        ", ".join(found["cuda"]["devices"])
-        or "none: synthesis runs on the CPU, which is slower and gives the same kind of images"
-    )
-    console.print(f"CUDA: {devices}\n", highlight=False, soft_wrap=True)
-    packages = Table(title="packages", title_justify="left")
-    packages.add_column("package")
-    packages.add_column("version")
-    for name, version in found["packages"].items():
-        packages.add_row(name, version or "not installed (optional)")
-    console.print(packages)
+    say(f"zsq-deploy {found['zsq-deploy']}, Python {found['python']} ({found['executable']})")
+    say(f"CPU: {machine.get('cpu') or machine.get('model') or platform.processor() or 'unknown'}")
+    devices = found["cuda"]["devices"]
+    say(f"CUDA: {', '.join(devices) or 'none; images are made on the CPU, which takes longer'}")
+    say("packages: " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version))
+    absent = [name for name, version in found["packages"].items() if not version]
+    if absent:
+        extras = ", ".join(f"pip install 'zsq-deploy[{name}]'" for name in absent)
+        say(f"not installed (optional): {', '.join(absent)}; to have it: {extras}")
+    say()
     table = Table(title="targets", title_justify="left")
-    for column in ("target", "builds", "measures here", "types", "remarks"):
-        table.add_column(column)
+    for column in ("--target", "builds", "latency is real here", "activations", "weights"):
+        table.add_column(column, no_wrap=column == "--target")
     for name, row in found["targets"].items():
-        remarks = "; ".join([*row["missing"], *row["notes"]]) or row["summary"]
-        table.add_row(
-            name,
-            "yes" if row["builds"] else "no",
-            "yes" if row["measures"] else "no",
-            f"{row['activation']} x {row['weight']}",
-            remarks,
-        )
+        yes = {True: "yes", False: "no"}
+        table.add_row(name, yes[row["builds"]], yes[row["measures"]], row["activation"], row["weight"])
     console.print(table)
+    for name, row in found["targets"].items():
+        say(f"{name}: {row['summary']}")
+        for remark in [*(f"not here: {item}" for item in row["missing"]), *row["notes"]]:
+            say(f"  {remark}")
+    ready = [name for name, row in found["targets"].items() if row["measures"]]
+    say()
+    if ready:
+        say(
+            f"all is well: `zsq demo` runs the whole job here; targets that are built and measured here: {', '.join(ready)}"
+        )
+    elif any(row["builds"] for row in found["targets"].values()):
+        say("engines can be built here; none of the targets can be measured on this machine")
+    else:
+        say("no target can be built here: install a runtime, pip install zsq-deploy")

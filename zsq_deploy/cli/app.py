@@ -38,9 +38,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         result = command.main(args=arguments, prog_name="zsq", standalone_mode=False)
     except typer.Exit as stop:
-        if stop.exit_code == _INTERRUPTED:  # the parser turns Ctrl-C into this, and says nothing
-            raise KeyboardInterrupt from stop
-        return int(stop.exit_code)
+        result = stop.exit_code
     except typer.Abort as stop:
         raise KeyboardInterrupt from stop
     except Exception as error:
@@ -50,6 +48,8 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         show()
         return 2
+    if result == _INTERRUPTED:  # the parser turns Ctrl-C into this code and says nothing
+        raise KeyboardInterrupt
     return int(result) if isinstance(result, int) else 0
 
 
@@ -86,7 +86,7 @@ def _root(
     del version
 
 
-@app.command()
+@app.command(short_help="The whole job: network in, verified engines out.")
 def deploy(
     model: o.ModelArg,
     output: o.OutputOpt,
@@ -126,7 +126,17 @@ def deploy(
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """The whole job: a network in, verified integer engines and a report out."""
+    """The whole job: a network in, verified integer engines and a report out.
+
+    Images are synthesized from the network, activation ranges are measured on them, the target's own quantizer builds the engine,
+    and the engine is compared with exact integer arithmetic, the fake-quant reference and float. Exit code 0: fine; 1: a gate was
+    missed; 2: wrong use.
+
+    \b
+    zsq deploy net.onnx --mean .485,.456,.406 --std .229,.224,.225 -o out
+    zsq deploy mynets:build --path . --weights w.safetensors --input-shape 1x3x32x32 -o out
+    zsq deploy net.onnx --target ort-arm64 --eval-data test.npz --max-accuracy-drop 0.01 -o out
+    """
     from zsq_deploy.pipeline import deploy as job
 
     recipe = o.recipe_from(
@@ -181,7 +191,7 @@ def _words(value: bool) -> None:
         raise typer.Exit
 
 
-@app.command("run")
+@app.command("run", short_help="Do what a recipe file says.")
 def run_recipe(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; every run leaves one as recipe.resolved.yaml.")
@@ -200,7 +210,12 @@ def run_recipe(
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """Run a recipe file."""
+    """Do what a recipe file says: the same job as deploy, with all options in one YAML file.
+
+    \b
+    zsq run out/recipe.resolved.yaml -o again      the same images and the same engines, bit for bit
+    zsq run --words                                everything that a recipe can say
+    """
     from zsq_deploy.pipeline import deploy as job
     from zsq_deploy.recipe import Recipe
 
@@ -216,7 +231,7 @@ def run_recipe(
     return outcome.exit_code
 
 
-@app.command()
+@app.command(short_help="Make calibration images from the network alone.")
 def synth(
     model: o.ModelArg,
     output: o.OutputOpt,
@@ -234,6 +249,7 @@ def synth(
         str | None,
         typer.Option(
             "--export",
+            metavar="FORMAT",
             help="Also write the set for another tool: test-data (onnx .pb folders), polygraphy (inputs JSON), npy (list of .npy).",
         ),
     ] = None,
@@ -243,7 +259,13 @@ def synth(
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """Synthesize a calibration set from the network alone."""
+    """Synthesize a calibration set from the network alone.
+
+    \b
+    zsq synth net.onnx --images 256 -o set
+    zsq synth net.onnx --export polygraphy -o set       also as inputs for another tool
+    zsq quantize net.onnx --calibration set/calibration -o out
+    """
     from zsq_deploy.pipeline.stages import synthesize_set
 
     recipe = o.recipe_from(
@@ -273,7 +295,7 @@ def synth(
     return 0
 
 
-@app.command()
+@app.command(short_help="Build engines, without measuring their quality.")
 def quantize(
     model: o.ModelArg,
     output: o.OutputOpt,
@@ -302,7 +324,12 @@ def quantize(
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """Build engines from a calibration set (or make one first), without measuring them."""
+    """Build engines from a calibration set (or make one first), without measuring their quality.
+
+    \b
+    zsq quantize net.onnx --target ort-arm64 -o out
+    zsq verify out --eval-data test.npz
+    """
     from zsq_deploy.pipeline.stages import quantize_only
 
     recipe = o.recipe_from(
@@ -344,10 +371,12 @@ def quantize(
 _OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `zsq deploy` or `zsq quantize`.")]
 
 
-@app.command()
+@app.command(short_help="Measure finished engines again.")
 def verify(
     folder: _OutArg,
-    target: Annotated[list[str] | None, typer.Option("--target", help="Only this target (repeatable).")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
+    ] = None,
     eval_data: o.EvalOpt = None,
     limit: o.LimitOpt = None,
     resize: o.ResizeOpt = False,
@@ -360,12 +389,18 @@ def verify(
     min_integer_equal: o.MinEqualOpt = None,
     max_latency_ms: o.MaxLatencyOpt = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads of the engine (default: as before).")
+        int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of the engine (default: as before).")
     ] = None,
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """Measure finished engines again, here and now, and write the report anew."""
+    """Measure finished engines again, here and now, and write the report anew.
+
+    Nothing is built. Engines that were changed since they were written are refused.
+
+    \b
+    zsq verify out --eval-data test.npz --max-accuracy-drop 0.01
+    """
     from zsq_deploy.pipeline.stages import verify_folder
 
     changes: dict[str, Any] = {
@@ -393,12 +428,16 @@ def verify(
     return outcome.exit_code
 
 
-@app.command()
+@app.command(short_help="Latency of finished engines beside float.")
 def bench(
     folder: _OutArg,
-    target: Annotated[list[str] | None, typer.Option("--target", help="Only this target (repeatable).")] = None,
-    threads: Annotated[int, typer.Option("--threads", help="Threads of every runner.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds of engine and float baselines.")] = 10,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of every runner.")] = 1,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Interleaved rounds of engine and float baselines.")
+    ] = 10,
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
@@ -425,7 +464,7 @@ def bench(
     return 0
 
 
-@app.command()
+@app.command(short_help="Check report.json and draw report.html again.")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="OUT|report.json", help="An output folder, or a report.json.")],
     as_json: o.JsonOpt = False,
@@ -447,7 +486,7 @@ def report(
     return 0
 
 
-@app.command()
+@app.command(short_help="Show what a network, engine, set or folder holds.")
 def inspect(
     thing: Annotated[
         str,
@@ -461,7 +500,12 @@ def inspect(
     nodes: Annotated[bool, typer.Option("--nodes", help="List every node (names for --exclude).")] = False,
     as_json: o.JsonOpt = False,
 ) -> int:
-    """Show what a network, engine, calibration set or output folder holds."""
+    """Show what a network, engine, calibration set or output folder holds.
+
+    \b
+    zsq inspect net.onnx --nodes        all nodes, with the names that --exclude takes
+    zsq inspect out                     engines, sets and report of an output folder
+    """
     from zsq_deploy.cli.inspecting import describe_thing, print_description
 
     found = describe_thing(thing, path=path, weights=weights, input_shape=input_shape, nodes=nodes)
@@ -472,13 +516,21 @@ def inspect(
     return 0
 
 
-@app.command()
+@app.command(short_help="Check a quantized graph against a target's rules.")
 def lint(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A Q/DQ graph, made here or by another tool.")],
-    target: Annotated[str, typer.Option("--target", help="The target that it is meant for.")] = "ort-x86-vnni",
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="The target that it is meant for.")
+    ] = "ort-x86-vnni",
     as_json: o.JsonOpt = False,
 ) -> int:
-    """Check a quantized graph against a target's rules: node, rule, and what to do. Exit code 1 if something is wrong."""
+    """Check a quantized graph against a target's rules: node, rule, and what to do.
+
+    Exit code 0: nothing to complain about; 1: findings. Engines of other tools are welcome.
+
+    \b
+    zsq lint model.quant.onnx --target ort-x86-vnni
+    """
     from zsq_deploy.cli.inspecting import lint_file
 
     findings = lint_file(file, target)
@@ -492,7 +544,7 @@ def lint(
     return 1 if findings else 0
 
 
-@app.command()
+@app.command(short_help="What this machine has, and what is missing.")
 def doctor(as_json: o.JsonOpt = False) -> int:
     """Say what this machine has, which targets it can build and measure, and what is missing."""
     from zsq_deploy.doctor import examine, print_examination
@@ -505,7 +557,7 @@ def doctor(as_json: o.JsonOpt = False) -> int:
     return 0
 
 
-@app.command()
+@app.command(short_help="The whole job on an embedded example, offline.")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")] = Path("demo-out"),
     method: o.MethodOpt = "zeroq",

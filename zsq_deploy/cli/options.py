@@ -30,12 +30,16 @@ ModelArg = Annotated[
     ),
 ]
 PathOpt = Annotated[
-    Path | None, typer.Option("--path", help="Folder that module:callable is imported from.", rich_help_panel=_NETWORK)
+    Path | None,
+    typer.Option(
+        "--path", metavar="DIR", help="Folder that module:callable is imported from.", rich_help_panel=_NETWORK
+    ),
 ]
 WeightsOpt = Annotated[
     Path | None,
     typer.Option(
         "--weights",
+        metavar="FILE",
         help="Weights for module:callable: .safetensors, .pt or .pth (never unpickled).",
         rich_help_panel=_NETWORK,
     ),
@@ -72,11 +76,14 @@ MethodOpt = Annotated[
     str,
     typer.Option(
         "--method",
+        metavar="NAME",
         help="How images are made: zeroq, genie, fractal, gaussian, uniform, ones; bn-analytic makes none.",
         rich_help_panel=_IMAGES,
     ),
 ]
-ImagesOpt = Annotated[int, typer.Option("--images", help="Number of calibration images.", rich_help_panel=_IMAGES)]
+ImagesOpt = Annotated[
+    int, typer.Option("--images", metavar="N", help="Number of calibration images.", rich_help_panel=_IMAGES)
+]
 ParamOpt = Annotated[
     list[str] | None,
     typer.Option(
@@ -90,6 +97,7 @@ DeviceOpt = Annotated[
     str | None,
     typer.Option(
         "--device",
+        metavar="NAME",
         help="Where images are made: cpu, cuda, cuda:1; by default cuda where there is one.",
         rich_help_panel=_IMAGES,
     ),
@@ -103,11 +111,15 @@ SetOpt = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
-BitsOpt = Annotated[str, typer.Option("--bits", help="Bits of weights and activations.", rich_help_panel=_QUANTIZE)]
+BitsOpt = Annotated[
+    str,
+    typer.Option("--bits", metavar="w8a8", help="Bits of weights (w) and activations (a).", rich_help_panel=_QUANTIZE),
+]
 RangesOpt = Annotated[
     str,
     typer.Option(
         "--ranges",
+        metavar="NAME",
         help="How activation ranges are found: auto (min-max that looks at coverage), minmax, percentile, entropy, mse, bn-analytic; "
         "or ONNX Runtime's own calibrators: ort-minmax, ort-entropy, ort-percentile.",
         rich_help_panel=_QUANTIZE,
@@ -117,7 +129,7 @@ BiasOpt = Annotated[
     bool,
     typer.Option(
         "--bias-correction/--no-bias-correction",
-        help="Correct the mean error of every channel.",
+        help="Shift biases so that quantization changes no channel's mean.",
         rich_help_panel=_QUANTIZE,
     ),
 ]
@@ -125,14 +137,16 @@ ExactOpt = Annotated[
     bool,
     typer.Option(
         "--exact-scales/--free-scales",
-        help="Scales on which engine and reference agree bit for bit.",
+        help="Round scales so that engine and reference agree bit for bit.",
         rich_help_panel=_QUANTIZE,
     ),
 ]
 SearchOpt = Annotated[
     bool,
     typer.Option(
-        "--search/--no-search", help="Measure what to quantize, and keep the best engine.", rich_help_panel=_QUANTIZE
+        "--search/--no-search",
+        help="Build several engines, measure them and keep the best; or take the default choice.",
+        rich_help_panel=_QUANTIZE,
     ),
 ]
 ExcludeOpt = Annotated[
@@ -144,7 +158,10 @@ ExcludeOpt = Annotated[
 TargetOpt = Annotated[
     list[str],
     typer.Option(
-        "--target", help="Deployment target (repeatable); `zsq doctor` lists them.", rich_help_panel=_QUANTIZE
+        "--target",
+        metavar="NAME",
+        help="Deployment target (repeatable); `zsq doctor` lists them.",
+        rich_help_panel=_QUANTIZE,
     ),
 ]
 EvalOpt = Annotated[
@@ -158,7 +175,9 @@ EvalOpt = Annotated[
 ]
 LimitOpt = Annotated[
     int | None,
-    typer.Option("--limit", help="Evaluate on at most this many images, spread evenly.", rich_help_panel=_VERIFY),
+    typer.Option(
+        "--limit", metavar="N", help="Evaluate on at most this many images, spread evenly.", rich_help_panel=_VERIFY
+    ),
 ]
 ResizeOpt = Annotated[
     bool,
@@ -170,48 +189,95 @@ _GATE = "Gates (a missed one: exit code 1)"
 MinAgreementOpt = Annotated[
     float | None,
     typer.Option(
-        "--min-agreement", help="Least top-1 agreement with the fake-quant reference, 0.995.", rich_help_panel=_GATE
+        "--min-agreement",
+        metavar="SHARE",
+        help="Least top-1 agreement of the engine with the fake-quant reference, for example 0.995.",
+        rich_help_panel=_GATE,
     ),
 ]
 MinFloatAgreementOpt = Annotated[
     float | None,
-    typer.Option("--min-float-agreement", help="Least top-1 agreement with the float network.", rich_help_panel=_GATE),
+    typer.Option(
+        "--min-float-agreement",
+        metavar="SHARE",
+        help="Least top-1 agreement with the float network.",
+        rich_help_panel=_GATE,
+    ),
 ]
 MaxDropOpt = Annotated[
     float | None,
-    typer.Option("--max-accuracy-drop", help="Largest loss of accuracy; 0.01 is one point.", rich_help_panel=_GATE),
+    typer.Option(
+        "--max-accuracy-drop",
+        metavar="SHARE",
+        help="Largest loss of accuracy against float on --eval-data; 0.01 is one point.",
+        rich_help_panel=_GATE,
+    ),
 ]
 MinSpeedupOpt = Annotated[
-    float | None, typer.Option("--min-speedup", help="Least speed-up over fp32.", rich_help_panel=_GATE)
+    float | None,
+    typer.Option(
+        "--min-speedup", metavar="FACTOR", help="Least speed-up over fp32; 2 is twice as fast.", rich_help_panel=_GATE
+    ),
 ]
 MinLsbOpt = Annotated[
     float | None,
     typer.Option(
-        "--min-within-2-lsb", help="Least share of outputs within 2 LSB of the reference.", rich_help_panel=_GATE
+        "--min-within-2-lsb",
+        metavar="SHARE",
+        help="Least share of outputs within 2 LSB of the reference.",
+        rich_help_panel=_GATE,
     ),
 ]
 MinMacsOpt = Annotated[
     float | None,
     typer.Option(
-        "--min-integer-macs", help="Least share of multiply-accumulates in integer kernels.", rich_help_panel=_GATE
+        "--min-integer-macs",
+        metavar="SHARE",
+        help="Least share of multiply-accumulates in integer kernels.",
+        rich_help_panel=_GATE,
     ),
 ]
 MinEqualOpt = Annotated[
     float | None,
     typer.Option(
-        "--min-integer-equal", help="Least share of outputs equal to exact integer arithmetic.", rich_help_panel=_GATE
+        "--min-integer-equal",
+        metavar="SHARE",
+        help="Least share of outputs equal to exact integer arithmetic.",
+        rich_help_panel=_GATE,
     ),
 ]
 MaxLatencyOpt = Annotated[
-    float | None, typer.Option("--max-latency-ms", help="Largest median latency at batch 1.", rich_help_panel=_GATE)
+    float | None,
+    typer.Option(
+        "--max-latency-ms",
+        metavar="MS",
+        help="Largest median latency at batch 1, in milliseconds.",
+        rich_help_panel=_GATE,
+    ),
 ]
-SeedOpt = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=_RUN)]
+SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.", rich_help_panel=_RUN)]
 ThreadsOpt = Annotated[
-    int, typer.Option("--threads", help="Threads of the engine that is measured.", rich_help_panel=_RUN)
+    int, typer.Option("--threads", metavar="N", help="Threads of the engine when it is measured.", rich_help_panel=_RUN)
 ]
-OutputOpt = Annotated[Path, typer.Option("-o", "--output", help="Output folder.", rich_help_panel=_RUN)]
-ForceOpt = Annotated[bool, typer.Option("--force", help="Replace the result of an earlier run.", rich_help_panel=_RUN)]
-ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=_RUN)]
+OutputOpt = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="Output folder; it is made. An earlier result is never overwritten without --force.",
+        rich_help_panel=_RUN,
+    ),
+]
+ForceOpt = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace the result of an earlier run; files that no run wrote stay.", rich_help_panel=_RUN
+    ),
+]
+ResumeOpt = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run (same options as before).", rich_help_panel=_RUN)
+]
 JsonOpt = Annotated[
     bool, typer.Option("--json", help="Print JSON for machines on standard output.", rich_help_panel=_RUN)
 ]
