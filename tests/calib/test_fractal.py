@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsq_deploy.calib.fractal import AffineSystem, attractor, fractal, random_system, render
+from zsq_deploy.calib.attractors import AffineSystem, attractor, random_system
+from zsq_deploy.calib.fractal import fractal, render
 from zsq_deploy.model import Preprocess, TensorSpec
 
 F32 = np.dtype(np.float32)
@@ -104,7 +105,7 @@ def test_gray_is_the_luma_of_the_colour_picture():
 
 
 def test_light_and_contrast_are_those_of_photographs(large):
-    """Photographs: mid gray on average, RMS contrast around 0.2, few clipped pixels, and all of it varies between pictures."""
+    """Photographs: mid gray on average, RMS contrast around 0.2; a share is harsh, and all of it varies."""
     level = large.astype(float) / 255
     means, contrasts = level.mean((1, 2, 3)), level.mean(3).std((1, 2))
     assert 0.38 < means.mean() < 0.55
@@ -112,7 +113,7 @@ def test_light_and_contrast_are_those_of_photographs(large):
     assert 0.13 < np.median(contrasts) < 0.26
     assert np.quantile(contrasts, 0.9) > 1.5 * np.quantile(contrasts, 0.1)
     clipped = ((large == 0) | (large == 255)).mean()
-    assert 0.002 < clipped < 0.12
+    assert 0.002 < clipped < 0.2
     assert large.min() == 0
     assert large.max() == 255
 
