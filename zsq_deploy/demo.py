@@ -40,7 +40,8 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.expand(x)))
         y = F.relu(self.bn2(self.spatial(y)))
-        return x + self.bn3(self.reduce(y))
+        out: Tensor = x + self.bn3(self.reduce(y))
+        return out
 
 
 class DigitNetwork(nn.Module):
@@ -63,7 +64,8 @@ class DigitNetwork(nn.Module):
         x = F.relu(self.stem_bn(self.stem(x)))
         x = self.block1(F.relu(self.down1_bn(self.down1(x))))
         x = self.block2(F.relu(self.down2_bn(self.down2(x))))
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(F.relu(x), 1), 1))  # type: ignore[no-any-return]
+        logits: Tensor = self.classifier(torch.flatten(F.adaptive_avg_pool2d(F.relu(x), 1), 1))
+        return logits
 
 
 def digits_network() -> DigitNetwork:

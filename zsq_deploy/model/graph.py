@@ -212,11 +212,11 @@ class Graph:
     def dtype(self, value: str) -> np.dtype[Any] | None:
         """The inferred element type of a value, or ``None``."""
         if value in self._initializers:
-            return onnx.helper.tensor_dtype_to_np_dtype(self._initializers[value].data_type)
+            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self._initializers[value].data_type))
         tensor = self._inferred.get(value)
-        return (
-            onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor is not None and tensor.elem_type else None
-        )
+        if tensor is None or not tensor.elem_type:
+            return None
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
     @cached_property
     def digest(self) -> str:

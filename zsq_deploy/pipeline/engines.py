@@ -17,11 +17,19 @@ from zsq_deploy.model import Graph, Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import correct_bias
+from zsq_deploy.verify.parity import sqnr_db
 
 __all__ = ["Built", "EngineSettings", "build_engine"]
 
 BIAS_IMAGES = 64
 """Images for bias correction; the mean error of a channel over 64 images is known far better than one step of its bias."""
+
+
+JUDGE_IMAGES = 32
+"""Images that decide whether bias correction is kept."""
+
+TOLERANCE_DB = 0.2
+"""How much SQNR on synthetic images a bias correction may cost before it is rejected: less is noise."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +124,16 @@ def build_engine(
         )
         options, engine = choice.chosen.options, choice.engine
         candidates = [_candidate(item, item is choice.chosen) for item in choice.measured]
+        if choice.mixed is not None:
+            left = list(choice.mixed.options.exclude)
+            row = _candidate(choice.mixed, False)
+            candidates.append({**row, "reason": f"--exclude {' --exclude '.join(left)}: {len(left)} layers in float"})
         notes.extend(choice.notes)
     else:
         engine = backend.build(
             model, measured.ranges, target, trial, options=options, calibration=images.calibration, progress=progress
         )
     if settings.bias_correction:
-        if getattr(options, "widen", False):
-            # Added zero channels change nothing but speed; the correction compares layers of the network as it is.
-            plain = options.with_(widen=False)
-            engine = backend.build(
-                model, measured.ranges, target, folder / "narrow", options=plain, calibration=images.calibration
-            )
         batch = looked_at.take(0, min(BIAS_IMAGES, len(looked_at)))
         corrected: Mapping[str, np.ndarray[Any, Any]] = correct_bias(
             model.folded(),
@@ -136,7 +142,7 @@ def build_engine(
             seed=seed,
             progress=progress,
         )
-        engine = backend.build(
+        corrected_engine = backend.build(
             model,
             measured.ranges,
             target,
@@ -145,9 +151,54 @@ def build_engine(
             calibration=images.calibration,
             progress=progress,
         )
+        # Judged on the images at the other end of the set: a correction that does not help has to go.
+        judge = looked_at.take(max(0, len(looked_at) - JUDGE_IMAGES)).batches(8 if model.dynamic_batch else 1)
+        before, after = _compare(backend, engine, corrected_engine, list(judge), threads)
+        kept = after >= before - TOLERANCE_DB
+        candidates.append(
+            {
+                "name": "with corrected biases",
+                "chosen": kept,
+                "sqnr_db": after,
+                "bytes": corrected_engine.path.stat().st_size,
+                "reason": f"{after:.1f} dB against {before:.1f} dB without, on synthetic images",
+            }
+        )
+        if kept:
+            engine = corrected_engine
+        else:
+            notes.append(f"bias correction was rejected: {after:.1f} dB with it, {before:.1f} dB without it")
+            shutil.rmtree(folder, ignore_errors=True)
+            engine = backend.build(
+                model,
+                measured.ranges,
+                target,
+                folder,
+                options=options,
+                calibration=images.calibration,
+                progress=progress,
+            )
         shutil.rmtree(trial, ignore_errors=True)
-        shutil.rmtree(folder / "narrow", ignore_errors=True)
     return Built(engine, candidates, time.monotonic() - started, tuple(notes))
+
+
+def _compare(
+    backend: Any, first: Engine, second: Engine, batches: Sequence[Mapping[str, np.ndarray[Any, Any]]], threads: int
+) -> tuple[float, float]:
+    """SQNR in dB of the outputs of two engines against the float network; the worst output counts."""
+    floating = backend.runner(first.float_path, first.target, threads=threads, mode="float")
+    runners = [backend.runner(engine.path, engine.target, threads=threads) for engine in (first, second)]
+    signal: dict[str, float] = {}
+    noise: list[dict[str, float]] = [{}, {}]
+    for feeds in batches:
+        wanted = {name: value.astype(np.float64) for name, value in floating.run(feeds).items()}
+        for name, value in wanted.items():
+            signal[name] = signal.get(name, 0.0) + float(np.square(value).sum())
+        for runner, sums in zip(runners, noise, strict=True):
+            for name, value in runner.run(feeds).items():
+                sums[name] = sums.get(name, 0.0) + float(np.square(value - wanted[name]).sum())
+    first_db, second_db = (min(sqnr_db(signal[name], sums[name]) for name in signal) for sums in noise)
+    return first_db, second_db
 
 
 def _chosen_before(candidates: Sequence[Any], label: str, target: Target) -> Any:

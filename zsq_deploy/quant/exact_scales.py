@@ -221,7 +221,7 @@ def exact_scales(
         source, output = str(node.input[0]), _fused_activation(graph, node.output[0])
         bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         rows = _channels_first(node.op_type, attributes(node), np.asarray(array, np.float64))
-        scales, rounding = _weight_scales(
+        channel_scales, rounding = _weight_scales(
             rows if weight.granularity is Granularity.CHANNEL else rows.reshape(1, -1),
             weight,
             x=scale_of.get(source, 0.0),
@@ -230,7 +230,7 @@ def exact_scales(
             clip_ratio=None if clip_ratio is None else clip_ratio.get(node.input[1]),
             bias=None if bias is None else np.asarray(bias, np.float64).reshape(-1),
         )
-        weight_scales[node.input[1]] = scales
+        weight_scales[node.input[1]] = channel_scales
         if rounding:
             inexact[node.input[1]] = rounding
     return ExactScales(new_ranges, weight_scales, float(np.exp(np.mean(np.log(growth)))) if growth else 1.0, inexact)
