@@ -47,7 +47,7 @@ class Network:
     labelled: bool = True
     resize: bool = False
     input_shape: tuple[int, ...] | None = None
-    images: int = 256
+    images: int = 128
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -58,15 +58,19 @@ NETWORKS = {
         "mlperf_tiny_resnet8_cifar10.onnx", Preprocess(raw_pixels=True), "cifar10_test.npz"
     ),
     "mobilenet_v1_025_imagenet": Network(
-        "mobilenet_v1_025_imagenet.onnx", Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "imagenet_like_224", images=128
+        "mobilenet_v1_025_imagenet.onnx",
+        Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        "imagenet_like_224",
+        parameters={"genie": {"steps": 300}},
     ),
-    "squeezenet11_imagenet": Network("squeezenet11_imagenet.onnx", IMAGENET, "imagenet_like_224", images=128),
+    "squeezenet11_imagenet": Network("squeezenet11_imagenet.onnx", IMAGENET, "imagenet_like_224"),
     "mlperf_tiny_mobilenet_v1_025_vww": Network(
         "mlperf_tiny_mobilenet_v1_025_vww.onnx",
         Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         "imagenet_like_224",
         labelled=False,
         resize=True,
+        parameters={"genie": {"steps": 300}},
     ),
     "vit_cifar10": Network(
         "vit_cifar10.onnx", Preprocess((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar10_test.npz"
