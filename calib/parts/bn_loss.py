@@ -199,9 +199,7 @@ class BNMatcher:
         self._joins, self._addends = dict(joins or {}), frozenset((joins or {}).values())
         self._slack: list[tuple[Tensor, Tensor]] | None = None
         self._groups: dict[tuple[bool, ...], list[tuple[_Group, dict[str, Tensor]]]] = {}
-        self._centres: dict[str, Tensor] = {}
-        for layer in self.layers:
-            self._centres.setdefault(layer.value, self._tensor(layer.mean))
+        self._values = tuple(dict.fromkeys(layer.value for layer in self.layers))
         self._affine = {
             value: (self._tensor(scale), self._tensor(shift)) for value, (scale, shift) in (affine or {}).items()
         }
@@ -212,14 +210,14 @@ class BNMatcher:
     @property
     def values(self) -> tuple[str, ...]:
         """The values that are looked at, each once."""
-        return tuple(self._centres)
+        return self._values
 
     def taps(self, store: dict[str, Observed]) -> dict[str, Callable[[Tensor], Tensor]]:
         """Functions for a twin's ``run(taps=...)`` that measure each value into `store` and pass it on."""
         held: dict[str, Tensor] = {}
 
         def tap(name: str) -> Callable[[Tensor], Tensor]:
-            centre, bounds, own = self._centres[name], self._bounds.get(name), name in self._owned
+            affine, bounds, own = self._affine.get(name), self._bounds.get(name), name in self._owned
             other, wanted = self._joins.get(name), name in self._addends
 
             def measure(y: Tensor) -> Tensor:
@@ -227,10 +225,9 @@ class BNMatcher:
                 per_sample = self.loss.per_sample and count_of(y.shape, True) > 1
                 passed, mean, var = watch(
                     y,
-                    centre,
                     per_sample=per_sample,
                     unbiased=self.loss.unbiased,
-                    affine=self._affine.get(name),
+                    affine=affine,
                     bounds=bounds,
                     addend=None if other is None else held[other],
                     own_gradient=own,
@@ -250,7 +247,7 @@ class BNMatcher:
             return keep
 
         made = {name: hold(name) for name in self._addends}
-        made.update({name: tap(name) for name in self._centres})
+        made.update({name: tap(name) for name in self._values})
         return made
 
     def set_slack(self, noise: Sequence[Mapping[str, Observed]]) -> None:

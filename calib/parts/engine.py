@@ -96,7 +96,6 @@ class Objective:
         self.piece = piece if recipe.loss.separable and recipe.total_variation == 0 else None
         channels = spec.shape[1] if len(spec.shape) > 1 and spec.shape[1] else 1
         self._prior = BNLayer("input", spec.name, np.zeros(channels), np.ones(channels), 0.0)
-        self._centre = torch.zeros(channels, dtype=dtype, device=device)
         self._has_prior = recipe.loss.input_prior and len(spec.shape) > 2
 
     def losses(self, images: Tensor, swing: torch.Generator | None = None, *, batch: int = 0, first: int = 0) -> Losses:
@@ -115,7 +114,7 @@ class Objective:
         if recipe.clip:
             images = self.space.clip(images) if images.grad_fn is not None else images
         if self._has_prior:
-            images, mean, var = watch(images, self._centre, per_sample=True, unbiased=recipe.loss.unbiased)
+            images, mean, var = watch(images, per_sample=True, unbiased=recipe.loss.unbiased)
             inputs = Observed(mean, var)
         self.twin.run({self._input: self.space.to_network(images)}, fetch=(), taps=taps)
         return self.matcher(

@@ -40,7 +40,6 @@ def count_of(shape: torch.Size | tuple[int, ...], per_sample: bool) -> int:
 
 def watch(
     y: Tensor,
-    centre: Tensor,
     *,
     per_sample: bool,
     unbiased: bool,
@@ -55,7 +54,6 @@ def watch(
 
     Args:
         y: A value [N, C, ...]; channels-last memory is kept and is the fastest.
-        centre: The mean that is expected, [C]. It only steadies the arithmetic; results do not depend on it.
         per_sample: One mean per image and channel ([N, C]) instead of one per channel ([C]).
         unbiased: Divide by n - 1 instead of n in the variance.
         affine: Scale and shift [C]: a batch norm in inference form.
@@ -68,7 +66,7 @@ def watch(
     """
     scale, shift = affine if affine is not None else (None, None)
     passed, mean, var = _Watch.apply(  # type: ignore[no-untyped-call]
-        y, addend, centre, scale, shift, per_sample, unbiased, bounds, own_gradient
+        y, addend, scale, shift, per_sample, unbiased, bounds, own_gradient
     )
     return passed, mean, var
 
@@ -100,7 +98,6 @@ class _Watch(torch.autograd.Function):
         ctx: Any,
         y: Tensor,
         addend: Tensor | None,
-        centre: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
         per_sample: bool,
@@ -114,9 +111,8 @@ class _Watch(torch.autograd.Function):
         loops = native.kernels() if fits else None
         measure = _measure if loops is None else loops.measure
         follow = Follow(scale, shift, bounds)
-        passed, mean, square = measure(y, addend, centre, per_sample, follow)
-        var = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).mul_(count / divisor).to(y.dtype)
-        mean = mean.to(y.dtype) + centre
+        passed, mean, var = measure(y, addend, per_sample, follow)
+        var = var * (count / divisor)
         # The bounds apply to what was passed on; it can be had again from y unless something was added.
         ctx.save_for_backward(y, mean, passed if addend is not None and bounds is not None else None)
         ctx.count, ctx.divisor, ctx.follow, ctx.own, ctx.loops = count, divisor, follow, own_gradient, loops
@@ -127,7 +123,7 @@ class _Watch(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, passed: Tensor | None, to_mean: Tensor | None, to_var: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
         y, mean, limited = ctx.saved_tensors
         slope = torch.zeros_like(mean) if to_var is None else to_var * (2 / ctx.divisor)
         level = -slope * mean
@@ -137,25 +133,23 @@ class _Watch(torch.autograd.Function):
         to_y, to_addend = add(
             passed, y, limited, level, slope, ctx.follow, in_place=ctx.own, joined=ctx.joined and passed is not None
         )
-        return to_y, to_addend, None, None, None, None, None, None, None
+        return to_y, to_addend, None, None, None, None, None, None
 
 
-def _measure(
-    y: Tensor, addend: Tensor | None, centre: Tensor, per_sample: bool, follow: Follow
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is passed on, and the means of y - centre and of its square."""
+def _measure(y: Tensor, addend: Tensor | None, per_sample: bool, follow: Follow) -> tuple[Tensor, Tensor, Tensor]:
+    """What is passed on, and mean and variance (divided by n) of y."""
     axes = reduced_axes(y.dim(), per_sample)
-    work = y - _channels(centre, y.dim())
-    mean = work.mean(axes) if axes else work.clone()
+    mean = y.mean(axes) if axes else y.clone()
+    work = y - _channels(mean, y.dim())
     work.square_()
-    square = work.mean(axes) if axes else work.clone()
+    var = work.mean(axes) if axes else work.clone()
     if follow.scale is not None and follow.shift is not None:
         y = torch.addcmul(_channels(follow.shift, y.dim()), y, _channels(follow.scale, y.dim()), out=work)
     if addend is not None:
         y = torch.add(y, addend, out=work)
     if follow.bounds is not None:
         y = torch.clamp(y, *follow.bounds, out=work)
-    return y, mean, square
+    return y, mean, var
 
 
 def _add(

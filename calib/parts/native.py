@@ -39,20 +39,32 @@ _SOURCE = r"""
    times slower; what is below 1e-30 is nothing. */
 static inline float flushed(float v) { return (v > -1e-30f) & (v < 1e-30f) ? 0.0f : v; }
 
-/* sums[i][c] = sum of (y - centre), squares[i][c] = sum of (y - centre)^2;
+/* means[i][c] and vars[i][c] (divided by n) of y over the pixels of image i;
    out = min(max(scale * y + shift + addend, low), high). addend may be NULL (zero), and out too (nothing is written).
-   Blocks of rows are summed in float and added up in double, so that large maps lose nothing. */
-void watch_forward(const float *restrict y, const float *restrict addend, const float *restrict centre,
+   A row holds `beside` pixels of `wide / beside` channels. Values are summed about the mean of the first rows, so that nothing
+   cancels, block by block in float; blocks are added up in double. scratch holds 3 * wide floats. */
+void watch_forward(const float *restrict y, const float *restrict addend,
                    const float *restrict scale, const float *restrict shift, float *restrict out,
-                   float low, float high, double *restrict sums, double *restrict squares, float *restrict scratch,
-                   ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide)
+                   float low, float high, double *restrict means, double *restrict vars,
+                   double *restrict total, float *restrict scratch,
+                   ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide, ptrdiff_t beside)
 {
     float *restrict s = scratch;
     float *restrict q = scratch + wide;
+    float *restrict about = scratch + 2 * wide;
+    double *restrict total_square = total + wide;
+    ptrdiff_t channels = wide / beside;
     for (ptrdiff_t i = 0; i < images; i++) {
-        double *restrict total = sums + i * wide;
-        double *restrict total_square = squares + i * wide;
-        for (ptrdiff_t c = 0; c < wide; c++) total[c] = total_square[c] = 0.0;
+        ptrdiff_t some = rows < BLOCK ? rows : BLOCK;
+        for (ptrdiff_t c = 0; c < wide; c++) about[c] = 0.0f;
+        for (ptrdiff_t r = 0; r < some; r++) {
+            const float *restrict from = y + (i * rows + r) * wide;
+            for (ptrdiff_t c = 0; c < wide; c++) about[c] += from[c];
+        }
+        for (ptrdiff_t c = 0; c < wide; c++) {
+            about[c] /= (float)some;
+            total[c] = total_square[c] = 0.0;
+        }
         for (ptrdiff_t start = 0; start < rows; start += BLOCK) {
             ptrdiff_t stop = start + BLOCK < rows ? start + BLOCK : rows;
             for (ptrdiff_t c = 0; c < wide; c++) s[c] = q[c] = 0.0f;
@@ -63,7 +75,7 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
                     const float *restrict more = addend + at;
                     float *restrict to = out + at;
                     for (ptrdiff_t c = 0; c < wide; c++) {
-                        float v = from[c] * scale[c] + shift[c] + more[c], d = from[c] - centre[c];
+                        float v = from[c] * scale[c] + shift[c] + more[c], d = from[c] - about[c];
                         s[c] += d;
                         q[c] += d * d;
                         v = v < low ? low : v;
@@ -72,7 +84,7 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
                 } else if (out) {
                     float *restrict to = out + at;
                     for (ptrdiff_t c = 0; c < wide; c++) {
-                        float v = from[c] * scale[c] + shift[c], d = from[c] - centre[c];
+                        float v = from[c] * scale[c] + shift[c], d = from[c] - about[c];
                         s[c] += d;
                         q[c] += d * d;
                         v = v < low ? low : v;
@@ -80,7 +92,7 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
                     }
                 } else {
                     for (ptrdiff_t c = 0; c < wide; c++) {
-                        float d = from[c] - centre[c];
+                        float d = from[c] - about[c];
                         s[c] += d;
                         q[c] += d * d;
                     }
@@ -90,6 +102,17 @@ void watch_forward(const float *restrict y, const float *restrict addend, const 
                 total[c] += s[c];
                 total_square[c] += q[c];
             }
+        }
+        for (ptrdiff_t c = 0; c < channels; c++) {
+            double mean = 0.0, spread = 0.0;
+            for (ptrdiff_t k = c; k < wide; k += channels) mean += about[k] + total[k] / rows;
+            mean /= beside;
+            for (ptrdiff_t k = c; k < wide; k += channels) {
+                double part = total[k] / rows, away = about[k] + part - mean;
+                spread += total_square[k] / rows - part * part + away * away;
+            }
+            means[i * channels + c] = mean;
+            vars[i * channels + c] = spread > 0.0 ? spread / beside : 0.0;
         }
     }
 }
@@ -154,7 +177,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._forward, self._backward = library.watch_forward, library.watch_backward
         pointer, size, real = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
-        self._forward.argtypes = [pointer] * 6 + [real] * 2 + [pointer] * 3 + [size] * 3
+        self._forward.argtypes = [pointer] * 5 + [real] * 2 + [pointer] * 4 + [size] * 4
         self._backward.argtypes = [pointer] * 9 + [real] * 2 + [size] * 4
         self._forward.restype = self._backward.restype = None
         self._pool: ThreadPoolExecutor | None = None
@@ -193,29 +216,28 @@ class Kernels:
             job.result()
 
     def measure(
-        self, y: Tensor, addend: Tensor | None, centre: Tensor, per_sample: bool, follow: Follow
+        self, y: Tensor, addend: Tensor | None, per_sample: bool, follow: Follow
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is passed on, and the means of y - centre and of its square, float64 [N, C] or [C]."""
+        """What is passed on, and mean and variance (divided by n) of y, [N, C] or [C]."""
         images, channels = y.shape[:2]
         rows, wide, beside = self._layout(y)
         low, high = follow.bounds if follow.bounds is not None else (-math.inf, math.inf)
         plain = follow.bounds is None and follow.scale is None and addend is None
         out = None if plain else torch.empty_like(y)
-        sums = torch.empty((2, images, wide), dtype=torch.float64)
-        scratch = torch.empty((torch.get_num_threads() + 1, 2 * wide + 32))
+        moments = torch.empty((2, images, channels), dtype=torch.float64)
+        threads = torch.get_num_threads()
+        sums, scratch = torch.empty((threads, 2 * wide), dtype=torch.float64), torch.empty((threads, 3 * wide + 32))
         constants = self._affine(follow, channels, beside)
-        expected = centre.repeat(beside)
-        step, big, lane = rows * wide * 4, wide * 8, scratch.stride(0) * 4
+        step, lane, double_lane = rows * wide * 4, scratch.stride(0) * 4, sums.stride(0) * 8
         start, more, result = y.data_ptr(), _address(addend), _address(out)
-        first, work, middle = sums.data_ptr(), scratch.data_ptr(), expected.data_ptr()
+        first, total, work = moments.data_ptr(), sums.data_ptr(), scratch.data_ptr()
         scale, shift = constants[0].data_ptr(), constants[1].data_ptr()
-        second = first + images * big
+        second, big = first + images * channels * 8, channels * 8
 
         def call(thread: int, begin: int, count: int) -> None:
             self._forward(
                 start + begin * step,
                 more + begin * step if more else None,
-                middle,
                 scale,
                 shift,
                 result + begin * step if result else None,
@@ -223,17 +245,19 @@ class Kernels:
                 high,
                 first + begin * big,
                 second + begin * big,
+                total + thread * double_lane,
                 work + thread * lane,
                 count,
                 rows,
                 wide,
+                beside,
             )
 
         self._run(images, call)
-        total = sums.view(2, images, beside, channels).sum(2) if beside > 1 else sums
-        pixels = y.shape[2] * y.shape[3]
-        total = total / pixels if per_sample else total.sum(1) / (pixels * images)
-        return y if out is None else out, total[0], total[1]
+        mean, var = moments[0], moments[1]
+        if not per_sample:
+            mean, var = mean.mean(0), (var + (mean - mean.mean(0)).square()).mean(0)
+        return y if out is None else out, mean.to(y.dtype), var.to(y.dtype)
 
     @staticmethod
     def _affine(follow: Follow, channels: int, beside: int) -> Tensor:

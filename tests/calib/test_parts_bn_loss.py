@@ -117,7 +117,7 @@ def evaluate(
 
     if noise is not None:
         matcher.set_slack([look(values) for values in noise])
-    _, mean, var = watch(images, torch.zeros(3, dtype=images.dtype), per_sample=True, unbiased=loss.unbiased)
+    _, mean, var = watch(images, per_sample=True, unbiased=loss.unbiased)
     prior = BNLayer("input", "input", np.zeros(3), np.ones(3), 0.0)
     return matcher(
         look(maps),
@@ -264,7 +264,6 @@ def test_watch_against_autograd(
     mine_more = more.contiguous(memory_format=torch.channels_last).requires_grad_()
     out, m, v = watch(
         mine * 1,
-        torch.randn(shape[1], generator=generator),
         per_sample=per_sample,
         unbiased=True,
         affine=affine,
@@ -281,18 +280,27 @@ def test_watch_against_autograd(
         torch.testing.assert_close(mine_more.grad.double(), exact_more.grad, rtol=0, atol=1e-7)
 
 
-def test_watch_keeps_a_spread_that_drowns_in_an_offset() -> None:
-    """One-pass sums lose a spread of 1 about a mean of 1000 in float32; sums about the expected mean do not."""
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_watch_keeps_a_spread_that_drowns_in_a_mean(
+    compiled: bool, per_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of squares about zero lose a spread of 1 about a mean of 1000 in float32."""
+    if not compiled:
+        monkeypatch.setattr(native, "kernels", lambda: None)
     y = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)) + 1000
-    _, _, var = watch(y, torch.full((4,), 1000.0), per_sample=True, unbiased=False)
-    torch.testing.assert_close(var.double(), y.double().var((2, 3), correction=0), rtol=1e-4, atol=0)
+    y = y.contiguous(memory_format=torch.channels_last)
+    _, mean, var = watch(y, per_sample=per_sample, unbiased=False)
+    axes = (2, 3) if per_sample else (0, 2, 3)
+    torch.testing.assert_close(mean.double(), y.double().mean(axes), rtol=2e-7, atol=0)
+    torch.testing.assert_close(var.double(), y.double().var(axes, correction=0), rtol=1e-4, atol=0)
 
 
 def test_the_gradient_of_others_is_not_changed() -> None:
     """An Add sends one tensor to both inputs; a watch that does not own its gradient has to leave it as it is."""
     y = torch.randn(2, 3, 4, 4).requires_grad_()
     x = torch.randn(2, 3, 4, 4).requires_grad_()
-    out, mean, _ = watch(y * 1, torch.zeros(3), per_sample=True, unbiased=False)
+    out, mean, _ = watch(y * 1, per_sample=True, unbiased=False)
     ((out + x).sum() + mean.sum()).backward()
     torch.testing.assert_close(x.grad, torch.ones_like(x))
     torch.testing.assert_close(y.grad, torch.full_like(y, 1 + 1 / 16))
