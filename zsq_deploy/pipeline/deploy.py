@@ -70,11 +70,12 @@ def owned(recipe: Recipe) -> tuple[str, ...]:
 def load_recipe_model(recipe: Recipe) -> Model:
     """The network that a recipe names, with its preprocessing."""
     spec = recipe.model
+    shape = spec.input_shape
     return load_model(
         spec.source,
         path=Path(spec.path) if spec.path else None,
         weights=Path(spec.weights) if spec.weights else None,
-        input_shape=tuple(spec.input_shape) if spec.input_shape else None,
+        input_shape=dict(shape) if isinstance(shape, dict) else shape or None,
         preprocess=Preprocess(
             mean=tuple(spec.mean) if spec.mean else None,
             std=tuple(spec.std) if spec.std else None,
