@@ -212,11 +212,13 @@ class Graph:
     def dtype(self, value: str) -> np.dtype[Any] | None:
         """The inferred element type of a value, or ``None``."""
         if value in self._initializers:
-            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self._initializers[value].data_type))
+            stored: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self._initializers[value].data_type))
+            return stored
         tensor = self._inferred.get(value)
         if tensor is None or not tensor.elem_type:
             return None
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        inferred: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        return inferred
 
     @cached_property
     def digest(self) -> str:
