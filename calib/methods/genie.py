@@ -11,8 +11,9 @@ two step sizes are swapped; these are the values as they act.)
 
 Deliberate deviations:
 
-* `steps` is 1,000 by default: on a CPU 4,000 take hours, and the loss falls little after 1,000. A batch also ends when its
-  smoothed loss has not fallen by `stop_threshold` for `stop_patience` steps (0: never); the manifest says at which step;
+* `steps` is 500 by default: on a CPU 4,000 take hours. On a CIFAR ResNet-20 the loss starts at 23 and is at 1.2 after 100 steps, 0.49 after 500, 0.35
+  after 700. A batch also ends when its smoothed loss has not fallen by `stop_threshold` for `stop_patience` steps (0: never); the
+  manifest says at which step;
 * images are clipped to valid pixels inside the loop (``clip``), so that the loss is that of the images that come out;
 * the epsilon under the observed root is the stored one's (the release has none, and its gradient is infinite for a constant channel);
 * up to 64 pixels the generator is the published one, which starts from a map of a quarter of the image size. For larger images, where that
@@ -52,7 +53,7 @@ LOSS = BNLoss(
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
-        "steps": 1000,
+        "steps": 500,
         "latent_rate": 0.1,
         "generator_rate": 0.01,
         "patience": 100,
