@@ -233,6 +233,8 @@ def _optimise(
             else:
                 task.advance(recipe.steps)
             finished.append((found[0]["images"], found[1]))
+        if interrupts.asked:  # after the last step: all batches are kept
+            raise _interrupted("after the last batch", checkpoint)
     outcome = {
         "recipe": describe(recipe),
         "outcome": {
@@ -286,20 +288,24 @@ def _one_batch(
     except KeyboardInterrupt as interrupt:
         if whole:  # in the middle of a step the state is torn; the latest checkpoint stands
             keep()
-        where = checkpoint.folder
-        raise InterruptedRunError(
-            f"interrupted in batch {title} at step {batch.step} of {steps}"
-            + ("" if where is None else "; what was done is kept"),
-            where=None if where is None else str(where),
-            remedy="start again (there was no folder to keep the state in)"
-            if where is None
-            else "run the same command with --resume to go on; the result will be the same as without the interruption",
-        ) from interrupt
+        raise _interrupted(f"in batch {title} at step {batch.step} of {steps}", checkpoint) from interrupt
     task.advance(steps - batch.step)
     _, plain = batch.state()
     found = {"images": batch.images()}, {**plain, **record()}
     checkpoint.save_batch(batch.index, *found)
     return found
+
+
+def _interrupted(when: str, checkpoint: Checkpoint) -> InterruptedRunError:
+    if checkpoint.folder is None:
+        return InterruptedRunError(
+            f"interrupted {when}", remedy="start again (there was no folder to keep the state in)"
+        )
+    return InterruptedRunError(
+        f"interrupted {when}; what was done is kept",
+        where=str(checkpoint.folder),
+        remedy="run the same command with --resume to go on; the result will be the same as without the interruption",
+    )
 
 
 def _summary(recipe: Recipe, batches: Sequence[Mapping[str, Any]]) -> str:

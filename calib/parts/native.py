@@ -39,21 +39,50 @@ _SOURCE = r"""
    times slower; what is below 1e-30 is nothing. */
 static inline float flushed(float v) { return (v > -1e-30f) & (v < 1e-30f) ? 0.0f : v; }
 
+#define LANES 16
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int mask __attribute__((vector_size(4 * LANES)));
+
+static inline vec choose(mask where, vec a, vec b) { return (vec)(((mask)a & where) | ((mask)b & ~where)); }
+
+/* One column of LANES values down a block of rows: sums about `about`, and out = min(max(scale * y + shift + more, low), high). */
+static inline void column(const float *y, const float *more, float *out, ptrdiff_t rows, ptrdiff_t wide,
+                          vec about, vec scale, vec shift, vec low, vec high, vec *sum, vec *square)
+{
+    vec s0 = {0}, q0 = {0}, s1 = {0}, q1 = {0};
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        vec v = *(const vec *)(y + r * wide), d = v - about;
+        if (r & 1) {
+            s1 += d;
+            q1 += d * d;
+        } else {
+            s0 += d;
+            q0 += d * d;
+        }
+        if (out) {
+            v = v * scale + shift;
+            if (more) v += *(const vec *)(more + r * wide);
+            v = choose(v < low, low, v);
+            *(vec *)(out + r * wide) = choose(v > high, high, v);
+        }
+    }
+    *sum = s0 + s1;
+    *square = q0 + q1;
+}
+
 /* means[i][c] and vars[i][c] (divided by n) of y over the pixels of image i;
    out = min(max(scale * y + shift + addend, low), high). addend may be NULL (zero), and out too (nothing is written).
    A row holds `beside` pixels of `wide / beside` channels. Values are summed about the mean of the first rows, so that nothing
-   cancels, block by block in float; blocks are added up in double. scratch holds 3 * wide floats. */
+   cancels, block by block in float; blocks are added up in double. scratch holds wide floats, total 2 * wide doubles. */
 void watch_forward(const float *restrict y, const float *restrict addend,
                    const float *restrict scale, const float *restrict shift, float *restrict out,
                    float low, float high, double *restrict means, double *restrict vars,
-                   double *restrict total, float *restrict scratch,
+                   double *restrict total, float *restrict about,
                    ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide, ptrdiff_t beside)
 {
-    float *restrict s = scratch;
-    float *restrict q = scratch + wide;
-    float *restrict about = scratch + 2 * wide;
     double *restrict total_square = total + wide;
-    ptrdiff_t channels = wide / beside;
+    ptrdiff_t channels = wide / beside, full = wide - wide % LANES;
+    vec lowest = low - (vec){0}, highest = high - (vec){0};
     for (ptrdiff_t i = 0; i < images; i++) {
         ptrdiff_t some = rows < BLOCK ? rows : BLOCK;
         for (ptrdiff_t c = 0; c < wide; c++) about[c] = 0.0f;
@@ -66,41 +95,35 @@ void watch_forward(const float *restrict y, const float *restrict addend,
             total[c] = total_square[c] = 0.0;
         }
         for (ptrdiff_t start = 0; start < rows; start += BLOCK) {
-            ptrdiff_t stop = start + BLOCK < rows ? start + BLOCK : rows;
-            for (ptrdiff_t c = 0; c < wide; c++) s[c] = q[c] = 0.0f;
-            for (ptrdiff_t r = start; r < stop; r++) {
-                ptrdiff_t at = (i * rows + r) * wide;
-                const float *restrict from = y + at;
-                if (addend) {
-                    const float *restrict more = addend + at;
-                    float *restrict to = out + at;
-                    for (ptrdiff_t c = 0; c < wide; c++) {
-                        float v = from[c] * scale[c] + shift[c] + more[c], d = from[c] - about[c];
-                        s[c] += d;
-                        q[c] += d * d;
-                        v = v < low ? low : v;
-                        to[c] = v > high ? high : v;
-                    }
-                } else if (out) {
-                    float *restrict to = out + at;
-                    for (ptrdiff_t c = 0; c < wide; c++) {
-                        float v = from[c] * scale[c] + shift[c], d = from[c] - about[c];
-                        s[c] += d;
-                        q[c] += d * d;
-                        v = v < low ? low : v;
-                        to[c] = v > high ? high : v;
-                    }
-                } else {
-                    for (ptrdiff_t c = 0; c < wide; c++) {
-                        float d = from[c] - about[c];
-                        s[c] += d;
-                        q[c] += d * d;
-                    }
+            ptrdiff_t height = start + BLOCK < rows ? BLOCK : rows - start, at = (i * rows + start) * wide;
+            for (ptrdiff_t c = 0; c < full; c += LANES) {
+                vec s, q, a = *(const vec *)(about + c), k = *(const vec *)(scale + c), t = *(const vec *)(shift + c);
+                if (addend)
+                    column(y + at + c, addend + at + c, out + at + c, height, wide, a, k, t, lowest, highest, &s, &q);
+                else if (out)
+                    column(y + at + c, NULL, out + at + c, height, wide, a, k, t, lowest, highest, &s, &q);
+                else
+                    column(y + at + c, NULL, NULL, height, wide, a, k, t, lowest, highest, &s, &q);
+                for (ptrdiff_t l = 0; l < LANES; l++) {
+                    total[c + l] += s[l];
+                    total_square[c + l] += q[l];
                 }
             }
-            for (ptrdiff_t c = 0; c < wide; c++) {
-                total[c] += s[c];
-                total_square[c] += q[c];
+            for (ptrdiff_t c = full; c < wide; c++) {
+                float s = 0.0f, q = 0.0f;
+                for (ptrdiff_t r = 0; r < height; r++) {
+                    ptrdiff_t here = at + r * wide + c;
+                    float v = y[here], d = v - about[c];
+                    s += d;
+                    q += d * d;
+                    if (out) {
+                        v = v * scale[c] + shift[c] + (addend ? addend[here] : 0.0f);
+                        v = v < low ? low : v;
+                        out[here] = v > high ? high : v;
+                    }
+                }
+                total[c] += s;
+                total_square[c] += q;
             }
         }
         for (ptrdiff_t c = 0; c < channels; c++) {
@@ -119,15 +142,22 @@ void watch_forward(const float *restrict y, const float *restrict addend,
 
 /* pass = gradient where low < limited < high, else 0; out = scale * pass + level[i][c] + slope[i][c] * y; rest = pass.
    gradient may be NULL (zero); limited may be NULL (scale * y + shift); rest may be NULL (not wanted) or equal to gradient;
-   without rest, out may equal gradient. */
+   without rest, out may equal gradient. level and slope are [images, channels], or [channels] for all images (stride 0);
+   scratch holds 2 * wide floats. */
 void watch_backward(const float *gradient, const float *y, const float *limited, const float *restrict scale,
                     const float *restrict shift, const float *restrict level, const float *restrict slope,
-                    float *out, float *rest, float low, float high,
-                    ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide, ptrdiff_t stride)
+                    float *out, float *rest, float low, float high, float *restrict scratch,
+                    ptrdiff_t images, ptrdiff_t rows, ptrdiff_t wide, ptrdiff_t beside, ptrdiff_t stride)
 {
+    float *restrict a = scratch;
+    float *restrict b = scratch + wide;
+    ptrdiff_t channels = wide / beside;
     for (ptrdiff_t i = 0; i < images; i++) {
-        const float *restrict a = level + i * stride;
-        const float *restrict b = slope + i * stride;
+        for (ptrdiff_t k = 0; k < beside; k++)
+            for (ptrdiff_t c = 0; c < channels; c++) {
+                a[k * channels + c] = level[i * stride + c];
+                b[k * channels + c] = slope[i * stride + c];
+            }
         for (ptrdiff_t r = 0; r < rows; r++) {
             ptrdiff_t at = (i * rows + r) * wide;
             const float *from = y + at;
@@ -168,6 +198,7 @@ void watch_backward(const float *gradient, const float *y, const float *limited,
 }
 """
 
+_CACHED = 1000  # batch norms whose constants are kept ready
 _WIDE = 64  # lay pixels side by side until a row has at least this many values, so that vectors are full
 
 
@@ -178,9 +209,10 @@ class Kernels:
         self._forward, self._backward = library.watch_forward, library.watch_backward
         pointer, size, real = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
         self._forward.argtypes = [pointer] * 5 + [real] * 2 + [pointer] * 4 + [size] * 4
-        self._backward.argtypes = [pointer] * 9 + [real] * 2 + [size] * 4
+        self._backward.argtypes = [pointer] * 9 + [real] * 2 + [pointer] + [size] * 5
         self._forward.restype = self._backward.restype = None
         self._pool: ThreadPoolExecutor | None = None
+        self._constants: dict[tuple[int, int, int], tuple[Tensor | None, Tensor]] = {}
 
     @staticmethod
     def fits(y: Tensor) -> bool:
@@ -226,7 +258,7 @@ class Kernels:
         out = None if plain else torch.empty_like(y)
         moments = torch.empty((2, images, channels), dtype=torch.float64)
         threads = torch.get_num_threads()
-        sums, scratch = torch.empty((threads, 2 * wide), dtype=torch.float64), torch.empty((threads, 3 * wide + 32))
+        sums, scratch = torch.empty((threads, 2 * wide), dtype=torch.float64), torch.empty((threads, wide + 32))
         constants = self._affine(follow, channels, beside)
         step, lane, double_lane = rows * wide * 4, scratch.stride(0) * 4, sums.stride(0) * 8
         start, more, result = y.data_ptr(), _address(addend), _address(out)
@@ -259,12 +291,20 @@ class Kernels:
             mean, var = mean.mean(0), (var + (mean - mean.mean(0)).square()).mean(0)
         return y if out is None else out, mean.to(y.dtype), var.to(y.dtype)
 
-    @staticmethod
-    def _affine(follow: Follow, channels: int, beside: int) -> Tensor:
-        """Scale and shift, [2, wide]."""
-        if follow.scale is None or follow.shift is None:
-            return torch.stack([torch.ones(channels * beside), torch.zeros(channels * beside)])
-        return torch.stack([follow.scale, follow.shift]).repeat(1, beside)
+    def _affine(self, follow: Follow, channels: int, beside: int) -> Tensor:
+        """Scale and shift, [2, channels * beside]."""
+        key = (0 if follow.scale is None else id(follow.scale), channels, beside)
+        found = self._constants.get(key)
+        if found is None:
+            if follow.scale is None or follow.shift is None:
+                row = torch.stack([torch.ones(channels), torch.zeros(channels)])
+            else:
+                row = torch.stack([follow.scale, follow.shift])
+            if len(self._constants) > _CACHED:
+                self._constants.clear()
+            # The key's tensor is kept, so that its id stays its own.
+            found = self._constants[key] = (follow.scale, row.repeat(1, beside))
+        return found[1]
 
     def add(
         self,
@@ -290,15 +330,16 @@ class Kernels:
             out = gradient if in_place and gradient is not None else torch.empty_like(y)
         rows, wide, beside = self._layout(y)
         constants = self._affine(follow, y.shape[1], beside)
-        levels, slopes = (item.reshape(-1, y.shape[1]).repeat(1, beside) for item in (level, slope))
-        stride = wide if levels.shape[0] > 1 else 0
+        level, slope = level.contiguous(), slope.contiguous()
+        stride = y.shape[1] if level.dim() == 2 else 0
         step = rows * wide * 4
+        scratch = torch.empty((torch.get_num_threads(), 2 * wide + 32))
+        work, lane = scratch.data_ptr(), scratch.stride(0) * 4
         start, result, source = y.data_ptr(), out.data_ptr(), _address(gradient)
         mask, other = _address(limited), _address(rest)
-        scale, shift, a, b = constants[0].data_ptr(), constants[1].data_ptr(), levels.data_ptr(), slopes.data_ptr()
+        scale, shift, a, b = constants[0].data_ptr(), constants[1].data_ptr(), level.data_ptr(), slope.data_ptr()
 
         def call(thread: int, begin: int, count: int) -> None:
-            del thread
             self._backward(
                 source + begin * step if source else None,
                 start + begin * step,
@@ -311,9 +352,11 @@ class Kernels:
                 other + begin * step if other else None,
                 low,
                 high,
+                work + thread * lane,
                 count,
                 rows,
                 wide,
+                beside,
                 stride,
             )
 
