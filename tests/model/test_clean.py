@@ -259,6 +259,27 @@ def test_writing_every_row_is_no_write(cleaned):
     assert ops(cleaned(text(backwards)).graph)["ScatterND"] == 1
 
 
+def test_gathering_everything_in_order_is_a_reshape(cleaned):
+    """A strided view of the whole tensor: what torch's exporter makes of channels-last memory."""
+    body = """
+        s = Shape (x)
+        zero = Constant <value = int64 {0}> ()
+        one = Constant <value = int64 {1}> ()
+        n = Gather (s, zero)
+        all = Constant <value = int64 {256}> ()
+        total = Mul (n, all)
+        i = Range (zero, total, one)
+        shape = Constant <value_ints = [-1, 64, 4]> ()
+        places = Reshape (i, shape)
+        minus = Constant <value_ints = [-1]> ()
+        flat = Reshape (x, minus)
+        y = Gather (flat, places)
+    """
+    assert ops(cleaned(text(body)).graph) == {"Reshape": 1}
+    some = body.replace("places = Reshape (i, shape)", "q = Reshape (i, shape) places = Mod (q, all)")
+    assert ops(cleaned(text(some)).graph)["Gather"] == 1
+
+
 def test_slices_in_a_row_are_one(cleaned):
     model = cleaned(
         text("""

@@ -133,6 +133,28 @@ def _full_scatter(net: Net, view: View, node: onnx.NodeProto) -> bool:
     return True
 
 
+def _gather_of_all(net: Net, view: View, node: onnx.NodeProto) -> bool:
+    """Gathering every element of a flat tensor in order, which is how exporters spell strided views, is a Reshape."""
+    if not is_default(node, "Gather") or net.attributes(node).get("axis", 0) != 0 or view.rank(node.input[0]) != 1:
+        return False
+    for walk in view.probes:
+        places, shape = walk.data.get(node.input[1]), walk.known(node.input[0])
+        if (
+            places is None
+            or not shape
+            or places.size != shape[0]
+            or not np.array_equal(places.ravel(), range(shape[0]))
+        ):
+            return False
+    target = view.reshape_target(node.output[0])
+    if target is None:
+        return False
+    shape_name = net.add_constant(f"{node.name}.shape", target)
+    source, output, name = node.input[0], node.output[0], node.name
+    node.CopyFrom(onnx.helper.make_node("Reshape", [source, shape_name], [output], name=name))
+    return True
+
+
 def _view_of_view(net: Net, view: View, node: onnx.NodeProto) -> bool:
     """Two reshaping nodes in a row are one Reshape."""
     if not is_default(node, *_VIEWS):
@@ -325,6 +347,7 @@ def _expand_before_broadcast(net: Net, view: View, node: onnx.NodeProto) -> bool
 
 _RULES: Sequence[Rule] = (
     _full_scatter,
+    _gather_of_all,
     _no_op,
     _expand_before_broadcast,
     _view_of_view,
