@@ -24,6 +24,7 @@ from torch import Tensor
 
 from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet
 from zsq_deploy.calib.methods import METHODS, Method
+from zsq_deploy.calib.parts import native
 from zsq_deploy.calib.parts.checkpoint import Checkpoint
 from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
 from zsq_deploy.calib.parts.memory import steady_memory
@@ -204,6 +205,9 @@ def _optimise(
         progress.say(note)
     objective.piece = piece
     sizes = batch_sizes(images, largest, fixed or 1)
+    loops = device.type == "cpu" and native.kernels() is not None
+    if device.type == "cpu" and not loops:
+        progress.say("no C compiler (cc, gcc, clang) was found: synthesis works, but takes up to twice as long")
     run = {
         "model": model.digest,
         "method": method.name,
@@ -215,6 +219,7 @@ def _optimise(
         "piece": piece,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "native_loops": loops,
         "torch": torch.__version__,
     }
     checkpoint = Checkpoint(workdir, run, resume=resume)
@@ -244,6 +249,7 @@ def _optimise(
             "last": [plain["values"] for _, plain in finished],
             "batch_norms": len(network.layers),
             "threads": torch.get_num_threads(),
+            "native_loops": loops,
         },
     }
     notes.append(_summary(recipe, [plain for _, plain in finished]))

@@ -113,8 +113,9 @@ class _Watch(torch.autograd.Function):
         follow = Follow(scale, shift, bounds)
         passed, mean, var = measure(y, addend, per_sample, follow)
         var = var * (count / divisor)
-        # The bounds apply to what was passed on; it can be had again from y unless something was added.
-        ctx.save_for_backward(y, mean, passed if addend is not None and bounds is not None else None)
+        # The bounds apply to what was passed on; the loops can have that again from y unless something was added.
+        keep = bounds is not None and (addend is not None or loops is None)
+        ctx.save_for_backward(y, mean, passed if keep else None)
         ctx.count, ctx.divisor, ctx.follow, ctx.own, ctx.loops = count, divisor, follow, own_gradient, loops
         ctx.joined = addend is not None
         return passed, mean, var
@@ -169,11 +170,7 @@ def _add(
     if gradient is None:
         return torch.addcmul(level, y, slope), None
     scale = None if follow.scale is None else _channels(follow.scale, rank)
-    if follow.bounds is not None:
-        if limited is None:
-            limited = y
-            if scale is not None and follow.shift is not None:
-                limited = torch.addcmul(_channels(follow.shift, rank), y, scale)
+    if follow.bounds is not None and limited is not None:
         gradient = _masked(gradient, limited, follow.bounds, in_place=in_place)
         in_place = True  # after the mask the buffer is ours in any case
     rest = gradient if joined else None

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from zsq_deploy.calib.methods import METHODS
+from zsq_deploy.calib.parts import native
 from zsq_deploy.calib.parts.engine import Objective
 from zsq_deploy.calib.parts.network import prepare
 from zsq_deploy.calib.parts.priors import NATURAL_MEAN, NATURAL_STD, InputSpace
@@ -323,6 +324,22 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="damaged"):
         synthesize(small(), seed=0, resume=True, **common)
     assert len(synthesize(small(), seed=1, **common)) == 4  # without --resume it starts over
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The plain operators do the same; a run that began with the loops does not go on without them, because bits differ."""
+    common = {"images": 4, "parameters": {"steps": 5}, "device": "cpu", "workdir": tmp_path}
+    with pytest.raises(InterruptedRunError):
+        synthesize(small(), progress=Recorder(3), **common)
+    began = native.kernels() is not None
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    recorder = Recorder()
+    if began:
+        with pytest.raises(StaleArtifactError, match="native_loops"):
+            synthesize(small(), resume=True, **common)
+    made = synthesize(small(), progress=recorder, **common)
+    assert any("no C compiler" in message for message in recorder.said)
+    assert made.manifest.parameters["outcome"]["native_loops"] is False
 
 
 def test_interrupted_without_a_folder_says_so() -> None:
