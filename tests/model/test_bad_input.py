@@ -457,3 +457,40 @@ def test_timm_that_is_not_installed(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "zsq-deploy[timm]" in refuses(ModelError, "timm", "timm:resnet18").remedy
+
+
+# -- files that somebody has tampered with --------------------------------------------------------------------------------
+
+
+def test_a_few_numbers_cannot_ask_for_terabytes(tmp_path):
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["big"], name="fill"),
+        helper.make_node("ReduceSum", ["big"], ["sum"], name="sum", keepdims=0),
+        helper.make_node("Add", ["x", "sum"], ["y"], name="add"),
+    ]
+    path = saved(tmp_path, small(nodes, constants={"s": np.asarray([2**20, 2**20], np.int64)}))
+    refuses(ModelError, "fill|memory", path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_changed_bytes_are_read_or_refused(tmp_path, seed):
+    """No other error than ours, whatever the file holds."""
+    generator = np.random.default_rng(seed)
+    constants = {"w": np.ones((4, 3, 3, 3), np.float32), "s": np.asarray([0, 4, 4], np.int64)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("MaxPool", ["a"], ["b"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Reshape", ["b", "s"], ["c"], name="reshape"),
+        helper.make_node("Softmax", ["c"], ["y"], name="softmax", axis=-1),
+    ]
+    content = bytearray(small(nodes, constants=constants).SerializeToString())
+    for _ in range(int(generator.integers(1, 4))):
+        content[int(generator.integers(len(content)))] = int(generator.integers(256))
+    path = tmp_path / "net.onnx"
+    path.write_bytes(bytes(content))
+    refused: list[ZsqError] = []
+    try:
+        load_model(path).folded()
+    except ZsqError as error:
+        refused.append(error)
+    assert all(error.where and error.remedy for error in refused)

@@ -7,6 +7,7 @@ depends on the batch size shows itself by walking the graph with several batch s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,8 @@ _KEEP = frozenset(
     }
 )
 _LARGEST = 1 << 24  # elements of a computed constant that is still worth storing
+#: Operators whose output can be much larger than their inputs.
+_GROWING = frozenset({"ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile"})
 _DATA = 4096  # elements of a constant that shape inference may want to look at
 
 
@@ -174,12 +177,19 @@ def probe(
             found.types[value.name] = value.type.tensor_type.elem_type or onnx.TensorProto.FLOAT
             found.shapes[value.name] = tuple(input_shapes[value.name])
     for node in proto.graph.node:
-        if not _constant(node, found, evaluator):
+        if not _constant(node, found, evaluator, versions, imports, proto.ir_version):
             _infer(node, found, versions, imports, proto.ir_version)
     return found
 
 
-def _constant(node: onnx.NodeProto, found: Probe, evaluator: Evaluator) -> bool:
+def _constant(
+    node: onnx.NodeProto,
+    found: Probe,
+    evaluator: Evaluator,
+    versions: Mapping[str, int],
+    imports: Iterable[Any],
+    ir_version: int,
+) -> bool:
     """Compute a node that does not depend on the data; says whether that was possible."""
     if node.domain not in ("", "ai.onnx") or node.op_type in _KEEP:
         return False
@@ -199,6 +209,8 @@ def _constant(node: onnx.NodeProto, found: Probe, evaluator: Evaluator) -> bool:
         return True
     if not all(name == "" or name in found.data for name in node.input):
         return False
+    if node.op_type in _GROWING and not _small_enough(node, found, versions, imports, ir_version):
+        return False
     outputs = evaluator.run(node, [found.data[name] if name else None for name in node.input])
     if outputs is None:
         return False
@@ -206,6 +218,17 @@ def _constant(node: onnx.NodeProto, found: Probe, evaluator: Evaluator) -> bool:
         if name and value is not None:
             found._set_array(name, value)
     return True
+
+
+def _small_enough(
+    node: onnx.NodeProto, found: Probe, versions: Mapping[str, int], imports: Iterable[Any], ir_version: int
+) -> bool:
+    """Whether the result is known to be of a size worth computing: a few numbers in a file can ask for terabytes."""
+    conflicts = len(found.conflicts)
+    _infer(node, found, versions, imports, ir_version)
+    del found.conflicts[conflicts:]
+    sizes = [found.known(name) for name in node.output if name]
+    return all(size is not None and math.prod(size) <= _LARGEST for size in sizes)
 
 
 def _shape_slice(attribute: Mapping[str, int], rank: int) -> slice:
