@@ -15,6 +15,7 @@ import torch
 
 from zsq_deploy.backends import Engine, get_backend
 from zsq_deploy.calib import CalibrationSet
+from zsq_deploy.calib.parts.memory import steady_memory
 from zsq_deploy.errors import ZsqError
 from zsq_deploy.evaldata import EvalData
 from zsq_deploy.model import Graph, Model, Twin
@@ -190,15 +191,16 @@ def verify_engine(
     except ZsqError as error:
         not_measured["parity.integer"] = str(error)
     steps = output_steps(model, graph, observed)
-    evaluation = evaluate(
-        evidence.batches(model, size),
-        models,
-        steps=steps,
-        limits={"integer": INTEGER_SAMPLES, "unfused": INTEGER_SAMPLES},
-        peak=peak,
-        total=evidence.images,
-        progress=progress,
-    )
+    with steady_memory():
+        evaluation = evaluate(
+            evidence.batches(model, size),
+            models,
+            steps=steps,
+            limits={"integer": INTEGER_SAMPLES, "unfused": INTEGER_SAMPLES},
+            peak=peak,
+            total=evidence.images,
+            progress=progress,
+        )
     divergence = None
     if integer is not None:
 
