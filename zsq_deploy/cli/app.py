@@ -561,7 +561,7 @@ def doctor(as_json: o.JsonOpt = False) -> int:
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")] = Path("demo-out"),
     method: o.MethodOpt = "zeroq",
-    images: o.ImagesOpt = 64,
+    images: o.ImagesOpt = 48,
     target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006
     seed: o.SeedOpt = 0,
     threads: o.ThreadsOpt = 1,
