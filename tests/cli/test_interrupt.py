@@ -29,6 +29,8 @@ def start(*arguments, **more):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        # A suite that runs in the background of a shell inherits "ignore Ctrl-C"; a user's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **more,
     )
 
