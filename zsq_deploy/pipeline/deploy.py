@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from zsq_deploy.artifact import OutputFolder
-from zsq_deploy.backends import Engine, get_target
+from zsq_deploy.backends import Engine, Target, get_target
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
 from zsq_deploy.pipeline.checks import check_recipe
-from zsq_deploy.pipeline.engines import EngineSettings, build_engine
+from zsq_deploy.pipeline.engines import Built, EngineSettings, build_engine
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.recipe import Recipe
@@ -29,9 +29,11 @@ from zsq_deploy.verify import Gates, peak_rss_bytes
 
 __all__ = [
     "Outcome",
+    "build_target",
     "deploy",
     "evaluation_data",
     "gates_of",
+    "images_and_ranges",
     "load_recipe_model",
     "model_section",
     "owned",
@@ -115,6 +117,50 @@ def evaluation_data(recipe: Recipe, model: Model) -> EvalData | None:
     return load_eval_data(Path(spec.eval_data), model.inputs[0], classes=classes, resize=spec.resize, limit=spec.limit)
 
 
+def images_and_ranges(
+    root: Path, model: Model, recipe: Recipe, *, resume: bool, progress: Progress
+) -> tuple[Images, MeasuredRanges]:
+    """The first half of a run in the output folder `root`: calibration images, and the ranges found on them."""
+    images = images_in(root, model, recipe.calibration, resume=resume, progress=progress)
+    measured = measure_ranges(
+        model,
+        images,
+        recipe.quantization.ranges,
+        percentile=recipe.quantization.percentile,
+        device=recipe.calibration.device,
+        progress=progress,
+    )
+    measured.observed.save(root / "ranges.json")
+    return images, measured
+
+
+def build_target(
+    root: Path,
+    model: Model,
+    recipe: Recipe,
+    target: Target,
+    images: Images,
+    measured: MeasuredRanges,
+    *,
+    resume: bool,
+    progress: Progress,
+) -> Built:
+    """The engine of one target in its folder under `root`."""
+    if resume:  # an engine that was not finished is built anew
+        shutil.rmtree(root / target.name, ignore_errors=True)
+    return build_engine(
+        model,
+        images,
+        measured,
+        target,
+        root / target.name,
+        settings_of(recipe),
+        threads=recipe.run.threads or 1,
+        seed=recipe.calibration.seed or 0,
+        progress=progress,
+    )
+
+
 def deploy(
     recipe: Recipe,
     output: Path,
@@ -147,33 +193,12 @@ def deploy(
     with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")
-        images = images_in(root, model, recipe.calibration, resume=resume, progress=progress)
-        measured = measure_ranges(
-            model,
-            images,
-            recipe.quantization.ranges,
-            percentile=recipe.quantization.percentile,
-            device=recipe.calibration.device,
-            progress=progress,
-        )
-        measured.observed.save(root / "ranges.json")
+        images, measured = images_and_ranges(root, model, recipe, resume=resume, progress=progress)
         peak_rss = peak_rss_bytes()
         evidence = Evidence(data, images.holdout)
         sections: dict[str, Any] = {}
         for target in targets:
-            if resume:  # an engine that was not finished is built anew
-                shutil.rmtree(root / target.name, ignore_errors=True)
-            built = build_engine(
-                model,
-                images,
-                measured,
-                target,
-                root / target.name,
-                settings_of(recipe),
-                threads=recipe.run.threads or 1,
-                seed=recipe.calibration.seed or 0,
-                progress=progress,
-            )
+            built = build_target(root, model, recipe, target, images, measured, resume=resume, progress=progress)
             section = verify_engine(
                 model,
                 built.engine,

@@ -13,21 +13,21 @@ from zsq_deploy.backends import Engine, get_target
 from zsq_deploy.calib import CalibrationSet, exporters
 from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
-from zsq_deploy.pipeline.calibration import images_in, make_images, measure_ranges
+from zsq_deploy.pipeline.calibration import make_images
 from zsq_deploy.pipeline.checks import check_device, check_method, check_recipe
 from zsq_deploy.pipeline.deploy import (
     Outcome,
+    build_target,
     deploy,
     evaluation_data,
     gates_of,
+    images_and_ranges,
     load_recipe_model,
     model_section,
     owned,
     pinned,
-    settings_of,
     write_report,
 )
-from zsq_deploy.pipeline.engines import build_engine
 from zsq_deploy.pipeline.verification import Evidence, measure_latency, verify_engine
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant import Ranges
@@ -98,30 +98,10 @@ def quantize_only(
     with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")
-        images = images_in(root, model, recipe.calibration, resume=resume, progress=progress)
-        measured = measure_ranges(
-            model,
-            images,
-            recipe.quantization.ranges,
-            percentile=recipe.quantization.percentile,
-            device=recipe.calibration.device,
-            progress=progress,
-        )
-        measured.observed.save(root / "ranges.json")
+        images, measured = images_and_ranges(root, model, recipe, resume=resume, progress=progress)
         for target in targets:
-            if resume:  # an engine that was not finished is built anew
-                shutil.rmtree(root / target.name, ignore_errors=True)
-            built[target.name] = build_engine(
-                model,
-                images,
-                measured,
-                target,
-                root / target.name,
-                settings_of(recipe),
-                threads=recipe.run.threads or 1,
-                seed=recipe.calibration.seed or 0,
-                progress=progress,
-            ).engine
+            done = build_target(root, model, recipe, target, images, measured, resume=resume, progress=progress)
+            built[target.name] = done.engine
             recipe = pinned(recipe, target.name, built[target.name])
         recipe.dump(root / "recipe.resolved.yaml")  # now with what the search chose
         shutil.rmtree(root / ".synthesis", ignore_errors=True)
