@@ -279,7 +279,8 @@ def test_the_command_starts_without_heavy_imports():
 
 
 PRIVATE = re.compile(
-    r"/work/|/root/|/home/\w+/|hf_hub_download|snapshot_download|load_state_dict_from_url|torch\.hub|pretrained=True"
+    re.escape(f"{ROOT}/")
+    + r"|/root/|/home/\w+/|hf_hub_download|snapshot_download|load_state_dict_from_url|torch\.hub|pretrained=True"
     r"|ghp_[A-Za-z0-9]{20}|BEGIN [A-Z ]*PRIVATE KEY"
 )
 
