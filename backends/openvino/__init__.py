@@ -1,0 +1,10 @@
+"""Engines for OpenVINO: from our Q/DQ graph, from NNCF or from POT; run by its int8 kernels, and proved to be so.
+
+Looking at the targets does not load the runtime; :mod:`zsq_deploy.backends.openvino.backend` does, and offers everything.
+"""
+
+from __future__ import annotations
+
+from zsq_deploy.backends.openvino.options import BuildOptions, NncfOptions, PotOptions
+
+__all__ = ["BuildOptions", "NncfOptions", "PotOptions"]

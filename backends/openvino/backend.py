@@ -1,0 +1,16 @@
+"""What this runtime offers, under the names that every runtime uses (see :class:`zsq_deploy.backends.Backend`)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from zsq_deploy.backends.openvino.options import BuildOptions
+
+__all__ = ["BuildOptions", "integer_reference"]
+
+
+def integer_reference(engine: Any, *, threads: int = 1) -> Any:
+    """The exact integer reference of an engine (see :mod:`zsq_deploy.backends.openvino.integer`)."""
+    module = importlib.import_module("zsq_deploy.backends.openvino.integer")
+    return module.IntegerReference(engine, threads=threads)

@@ -1,0 +1,214 @@
+"""What a user, a search or a recipe can choose when an OpenVINO engine is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from zsq_deploy.artifact import digest_bytes, digest_json
+from zsq_deploy.errors import UsageError
+
+__all__ = ["BITS", "QUANTIZERS", "BuildOptions", "NncfOptions", "PotOptions", "Quantizer"]
+
+Quantizer = Literal["auto", "qdq", "nncf", "pot"]
+
+QUANTIZERS: tuple[str, ...] = ("auto", "qdq", "nncf", "pot")
+"""Who decides what is quantized and how: our rules, NNCF, or POT; ``auto`` measures ours and NNCF's."""
+
+BITS: tuple[str, ...] = ("w8a8", "w4a8")
+"""Bits of weights and activations that can be asked for; ``w4a8`` stores 4-bit weights and computes in 8 bits."""
+
+
+def _one_of(value: Any, allowed: tuple[Any, ...], where: str) -> None:
+    if value not in allowed:
+        names = ", ".join(str(item) for item in allowed if item is not None)
+        raise UsageError(f"there is no {value!r}", where=where, remedy=f"choose one of {names}")
+
+
+def _positive(value: float | None, where: str, *, zero: bool = False) -> None:
+    if value is not None and (not np.isfinite(value) or value < 0 or (value == 0 and not zero)):
+        raise UsageError(f"{value} makes no sense here", where=where, remedy="give a positive number")
+
+
+@dataclass(frozen=True)
+class NncfOptions:
+    """What ``nncf.quantize`` can be told; the names are NNCF's wherever it has one.
+
+    Attributes:
+        preset: ``performance`` (everything symmetric), ``mixed`` (asymmetric activations) or ``None``: NNCF's default.
+        model_type: ``transformer`` changes what NNCF quantizes around attention and normalization.
+        fast_bias_correction: Fast bias correction (one pass); ``False``: the full one, layer after layer.
+        bias_correction: ``False``: NNCF leaves the biases alone.
+        subset_size: Number of images to collect statistics from; ``None``: the whole set.
+        ignored_names: Names of nodes that stay in float.
+        ignored_types: Types of operators (as OpenVINO calls them) that stay in float.
+        ignored_patterns: Regular expressions of names of nodes that stay in float.
+        target_device: ``CPU``, ``GPU``, ``NPU``, ``ANY``, ``CPU_SPR``; ``None``: the target's.
+        overflow_fix: ``disable``, ``enable`` or ``first_layer_only``: half-range weights, for processors without VNNI.
+        smooth_quant_alpha: Strength of SmoothQuant in matrix products (-1: off); ``None``: NNCF's default.
+        accuracy_control: Return layers to float until the metric drops by no more than `max_drop`.
+        max_drop: Largest drop of the metric that accuracy control allows (share of 1, so 0.01 is one point).
+        drop_type: ``absolute`` or ``relative`` drop.
+        tune_parameters: Accuracy control also searches quantization parameters first.
+        per_channel_activations: Let NNCF give depthwise convolutions one activation scale a channel, as it does by default; OpenVINO's
+            CPU plugin then computes them in float.
+    """
+
+    preset: Literal["performance", "mixed"] | None = "mixed"
+    model_type: Literal["transformer"] | None = None
+    fast_bias_correction: bool = True
+    bias_correction: bool = True
+    subset_size: int | None = None
+    ignored_names: tuple[str, ...] = ()
+    ignored_types: tuple[str, ...] = ()
+    ignored_patterns: tuple[str, ...] = ()
+    target_device: str | None = None
+    overflow_fix: str | None = None
+    smooth_quant_alpha: float | None = None
+    accuracy_control: bool = False
+    max_drop: float = 0.01
+    drop_type: Literal["absolute", "relative"] = "absolute"
+    tune_parameters: bool = False
+    per_channel_activations: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of(self.preset, ("performance", "mixed", None), "nncf.preset")
+        _one_of(self.model_type, ("transformer", None), "nncf.model_type")
+        _one_of(self.target_device, ("CPU", "GPU", "NPU", "ANY", "CPU_SPR", None), "nncf.target_device")
+        _one_of(self.overflow_fix, ("disable", "enable", "first_layer_only", None), "nncf.overflow_fix")
+        _one_of(self.drop_type, ("absolute", "relative"), "nncf.drop_type")
+        _positive(self.subset_size, "nncf.subset_size")
+        _positive(self.max_drop, "nncf.max_drop", zero=True)
+
+
+@dataclass(frozen=True)
+class PotOptions:
+    """What POT can be told; the names are POT's wherever it has one.
+
+    Attributes:
+        algorithm: ``DefaultQuantization`` or ``AccuracyAwareQuantization``.
+        preset: ``performance``, ``mixed`` or ``accuracy``.
+        stat_subset_size: Number of images to collect statistics from; ``None``: the whole set.
+        use_fast_bias: Fast bias correction; ``False``: the full one.
+        ignored: Names of nodes that stay in float (POT's ``ignored.scope``).
+        ignored_types: Types of operators that stay in float (POT's ``ignored.operations``).
+        max_drop: Largest drop of the metric that AccuracyAwareQuantization allows (``maximal_drop``, share of 1).
+        config: More of POT's own keys for ``compression.algorithms[0].params``, handed over as they are; they win.
+        config_path: A POT configuration file of the user's that is run as it is (its model and engine sections are replaced).
+    """
+
+    algorithm: Literal["DefaultQuantization", "AccuracyAwareQuantization"] = "DefaultQuantization"
+    preset: Literal["performance", "mixed", "accuracy"] = "mixed"
+    stat_subset_size: int | None = None
+    use_fast_bias: bool = True
+    ignored: tuple[str, ...] = ()
+    ignored_types: tuple[str, ...] = ()
+    max_drop: float = 0.01
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_path: Path | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.algorithm, ("DefaultQuantization", "AccuracyAwareQuantization"), "pot.algorithm")
+        _one_of(self.preset, ("performance", "mixed", "accuracy"), "pot.preset")
+        _positive(self.stat_subset_size, "pot.stat_subset_size")
+        _positive(self.max_drop, "pot.max_drop", zero=True)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is made. Two builds with equal options, ranges, images and models give equal files.
+
+    Attributes:
+        quantizer: Who decides: ``qdq`` (our placement and ranges), ``nncf``, ``pot``; ``auto``: measured, and ``qdq`` where nothing
+            is measured.
+        op_types: ONNX operator types to quantize; ``None``: the quantizer's choice.
+        exclude: Names of nodes (of the folded graph) that stay in float, whoever quantizes.
+        quantize_outputs: Also quantize the network's outputs (our Q/DQ graph only).
+        weight_method: How weight scales are found in our Q/DQ graph: ``minmax`` or ``mse``.
+        exact_scales: Settle scales and biases so that the engine, its Q/DQ graph and exact arithmetic agree
+            (:mod:`zsq_deploy.quant.settle`). ``False`` with NNCF or POT: the IR that they wrote is the engine as it is.
+        biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
+        weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
+        weight_scales: Learned weight scales per output channel: initializer name -> float array (our Q/DQ graph only).
+        bits: ``w8a8``, or ``w4a8``: weights stored in 4 bits, computed in 8.
+        compress_weights: Beside quantization: compress the weights of matrix products that stay in float with
+            ``nncf.compress_weights`` (``int8_sym``, ``int8_asym``, ``int4_sym``, ``int4_asym``), or ``None``.
+        nncf: What NNCF is told.
+        pot: What POT is told.
+        label: Short name in reports.
+    """
+
+    quantizer: Quantizer = "auto"
+    op_types: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    quantize_outputs: bool = False
+    weight_method: str = "minmax"
+    exact_scales: bool = False
+    biases: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    weights: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    weight_scales: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    bits: str = "w8a8"
+    compress_weights: str | None = None
+    nncf: NncfOptions = field(default_factory=NncfOptions)
+    pot: PotOptions = field(default_factory=PotOptions)
+    label: str = "qdq"
+
+    def __post_init__(self) -> None:
+        _one_of(self.quantizer, QUANTIZERS, "--quantizer")
+        _one_of(self.weight_method, ("minmax", "mse"), "BuildOptions.weight_method")
+        if self.bits.lower() not in BITS:
+            raise UsageError(
+                f"the OpenVINO backend does not build {self.bits!r}",
+                where="--bits",
+                remedy=f"choose one of {', '.join(BITS)}",
+            )
+        _one_of(
+            self.compress_weights,
+            ("int8_sym", "int8_asym", "int4_sym", "int4_asym", None),
+            "BuildOptions.compress_weights",
+        )
+
+    def with_(self, **changes: Any) -> BuildOptions:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def describe(self) -> dict[str, Any]:
+        """The options as JSON values; arrays are named by their digest, and only the chosen quantizer's own options are listed."""
+        told: dict[str, Any] = {}
+        if self.quantizer == "nncf":
+            told["nncf"] = asdict(self.nncf)
+        if self.quantizer == "pot":
+            told["pot"] = {
+                **{name: value for name, value in asdict(self.pot).items() if name != "config_path"},
+                "config_path": None if self.pot.config_path is None else str(self.pot.config_path),
+            }
+        return {
+            "label": self.label,
+            "quantizer": self.quantizer,
+            "bits": self.bits,
+            "op_types": None if self.op_types is None else list(self.op_types),
+            "exclude": list(self.exclude),
+            "quantize_outputs": self.quantize_outputs,
+            "weight_method": self.weight_method,
+            "exact_scales": self.exact_scales,
+            "compress_weights": self.compress_weights,
+            "corrected_biases": {name: _digest(array) for name, array in sorted(self.biases.items())},
+            "replaced_weights": {name: _digest(array) for name, array in sorted(self.weights.items())},
+            "learned_scales": {name: _digest(array) for name, array in sorted(self.weight_scales.items())},
+            **told,
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything chosen."""
+        return digest_json(self.describe())
+
+
+def _digest(array: npt.NDArray[Any]) -> str:
+    data = np.ascontiguousarray(array)
+    return digest_bytes(f"{data.dtype.str}{data.shape}".encode() + data.tobytes())
