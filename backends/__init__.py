@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from zsq_deploy.backends.base import Engine, KernelRecord, Runner, Target
+from zsq_deploy.backends.base import BuildSettings, Engine, KernelRecord, Runner, Target
 from zsq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TARGETS",
     "Backend",
+    "BuildSettings",
     "Engine",
     "KernelRecord",
     "Runner",
@@ -36,6 +37,13 @@ __all__ = [
 
 class Backend(Protocol):
     """What the module ``backend`` of a runtime offers."""
+
+    def options_from(self, settings: BuildSettings, target: Target) -> Any:
+        """The runtime's build options for what a user asked for.
+
+        Raises:
+            UsageError: The runtime cannot do it.
+        """
 
     def build(
         self,

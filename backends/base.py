@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from zsq_deploy.quant.scheme import Scheme
 
-__all__ = ["Engine", "KernelRecord", "Runner", "Target"]
+__all__ = ["BuildSettings", "Engine", "KernelRecord", "Runner", "Target"]
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +50,35 @@ class Target:
 
 
 @dataclass(frozen=True)
+class BuildSettings:
+    """What a user can say about how an engine is built, in words that fit every runtime.
+
+    A runtime turns them into its own options with ``options_from``, and refuses what it cannot do.
+
+    Attributes:
+        bits: ``w8a8``.
+        quantizer: Who quantizes: ``auto`` (the runtime's own choice), or one of the runtime's quantizers by name.
+        op_types: Operator types to quantize; ``None``: the target's choice.
+        exclude: Nodes that stay in float.
+        quantize_outputs: Quantize the network's outputs too.
+        weight_method: ``minmax`` or ``mse``.
+        exact_scales: Scales on which engine and reference agree exactly (:mod:`zsq_deploy.quant.exact_scales`).
+        compress_weights: How the weights of products that stay in float are stored (``int8_sym``, ...); ``None``: as they are.
+        vendor: What one quantizer is told in its own words: quantizer -> word -> value; only what differs from its defaults.
+    """
+
+    bits: str = "w8a8"
+    quantizer: str = "auto"
+    op_types: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    quantize_outputs: bool = False
+    weight_method: str = "minmax"
+    exact_scales: bool = True
+    compress_weights: str | None = None
+    vendor: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine on disk.
 
@@ -59,6 +88,8 @@ class Engine:
         target: What it was built for.
         float_path: The float model that it was made from, as an ONNX file (batch norm folded), for the float baseline.
         choices: How it was made: op types quantized, exclusions, range method, bias correction, ..., for the manifest.
+        weights_path: The file beside `path` that holds the weights, where the runtime keeps them apart (``engine.bin``).
+        vendor_path: The engine as a vendor's quantizer wrote it, kept beside ours (``vendor.xml``).
     """
 
     path: Path
@@ -66,6 +97,13 @@ class Engine:
     target: Target
     float_path: Path
     choices: Mapping[str, Any] = field(default_factory=dict)
+    weights_path: Path | None = None
+    vendor_path: Path | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of what has to be shipped: the file that the runtime loads, and its weights."""
+        return self.path.stat().st_size + (self.weights_path.stat().st_size if self.weights_path is not None else 0)
 
 
 @dataclass(frozen=True)

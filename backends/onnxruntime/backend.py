@@ -8,7 +8,7 @@ from typing import Any
 from zsq_deploy.backends.onnxruntime.calibrators import calibrate
 from zsq_deploy.backends.onnxruntime.choose import Choice, candidates, choose
 from zsq_deploy.backends.onnxruntime.lint import Finding, lint
-from zsq_deploy.backends.onnxruntime.options import BuildOptions
+from zsq_deploy.backends.onnxruntime.options import BuildOptions, options_from
 from zsq_deploy.backends.onnxruntime.quantizer import build
 from zsq_deploy.backends.onnxruntime.runner import float_modes, missing_features, runner
 from zsq_deploy.backends.onnxruntime.summary import summarize
@@ -25,6 +25,7 @@ __all__ = [
     "integer_reference",
     "lint",
     "missing_features",
+    "options_from",
     "runner",
     "summarize",
 ]

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from zsq_deploy.artifact import digest_bytes, digest_json
+from zsq_deploy.backends.base import BuildSettings, Target
 from zsq_deploy.errors import UsageError
 
-__all__ = ["LOSSY_OPS", "MAC_OPS", "WIDE_OPS", "BuildOptions"]
+__all__ = ["LOSSY_OPS", "MAC_OPS", "WIDE_OPS", "BuildOptions", "options_from"]
 
 MAC_OPS: tuple[str, ...] = ("Conv", "Gemm", "MatMul")
 """Operators that multiply and accumulate, and that have an integer kernel."""
@@ -139,6 +140,34 @@ class BuildOptions:
     def digest(self) -> str:
         """SHA-256 of everything chosen."""
         return digest_json(self.describe())
+
+
+def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
+    """The build options for what a user asked for (see :meth:`zsq_deploy.backends.Backend.options_from`).
+
+    Raises:
+        UsageError: It was asked for another runtime's quantizer, or for bits that this one does not build.
+    """
+    if settings.quantizer != "auto":
+        raise UsageError(
+            f"the quantizer {settings.quantizer!r} is one of OpenVINO's; target {target.name!r} has ONNX Runtime's own only",
+            where="--quantizer",
+            remedy="leave it at auto, or deploy the OpenVINO targets in a run of their own",
+        )
+    if settings.compress_weights is not None:
+        raise UsageError(
+            f"target {target.name!r} does not compress the weights of float layers",
+            where="--compress-weights",
+            remedy="leave it out, or deploy the OpenVINO targets in a run of their own",
+        )
+    return BuildOptions(
+        bits=settings.bits,
+        op_types=settings.op_types,
+        exclude=settings.exclude,
+        quantize_outputs=settings.quantize_outputs,
+        weight_method=settings.weight_method,
+        exact_scales=settings.exact_scales,
+    )
 
 
 def _digest(array: npt.NDArray[Any]) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from zsq_deploy.artifact import digest_bytes, digest_json
+from zsq_deploy.backends.base import BuildSettings, Target
 from zsq_deploy.errors import UsageError
 
-__all__ = ["BITS", "QUANTIZERS", "BuildOptions", "NncfOptions", "PotOptions", "Quantizer"]
+__all__ = ["BITS", "QUANTIZERS", "BuildOptions", "NncfOptions", "PotOptions", "Quantizer", "options_from"]
 
 Quantizer = Literal["auto", "qdq", "nncf", "pot"]
 
@@ -207,6 +208,28 @@ class BuildOptions:
     def digest(self) -> str:
         """SHA-256 of everything chosen."""
         return digest_json(self.describe())
+
+
+def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
+    """The build options for what a user asked for (see :meth:`zsq_deploy.backends.Backend.options_from`).
+
+    Raises:
+        UsageError: There is no such quantizer, or it knows no such word or value.
+    """
+    del target
+    vendor = {name: dict(words) for name, words in settings.vendor.items()}
+    return BuildOptions(
+        bits=settings.bits,
+        quantizer=cast("Quantizer", settings.quantizer),
+        op_types=settings.op_types,
+        exclude=settings.exclude,
+        quantize_outputs=settings.quantize_outputs,
+        weight_method=settings.weight_method,
+        exact_scales=settings.exact_scales,
+        compress_weights=settings.compress_weights,
+        nncf=NncfOptions(**vendor.get("nncf", {})),
+        pot=PotOptions(**vendor.get("pot", {})),
+    )
 
 
 def _digest(array: npt.NDArray[Any]) -> str:
