@@ -494,3 +494,25 @@ def test_changed_bytes_are_read_or_refused(tmp_path, seed):
     except ZsqError as error:
         refused.append(error)
     assert all(error.where and error.remedy for error in refused)
+
+
+def test_operators_that_nobody_knows_are_named_with_all_of_their_places(tmp_path):
+    # ONNX's own checker would stop at the first one; the wrong version of a known operator counts too
+    nodes = [
+        helper.make_node("Fumble", ["x"], ["a"], name="first"),
+        helper.make_node("Relu", ["a"], ["b"], name="fine"),
+        helper.make_node("Fumble", ["b"], ["c"], name="second"),
+        helper.make_node("Wobble", ["c"], ["d"]),
+        helper.make_node("Swirl", ["d"], ["e"], name="third", domain="acme"),
+        helper.make_node("HardSwish", ["e"], ["y"], name="too_new"),
+    ]
+    proto = small(nodes, opset=13)
+    proto.opset_import.append(helper.make_opsetid("acme", 1))
+    file = tmp_path / "net.onnx"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(UnsupportedOpError) as caught:
+        load_model(file)
+    text = str(caught.value)
+    for said in ("Fumble", "first, second", "Wobble", "makes 'd'", "acme::Swirl", "third", "too_new"):
+        assert said in text
+    assert "fine" not in text

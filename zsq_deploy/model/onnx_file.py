@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import external_data_helper
 
-from zsq_deploy.errors import ModelError
+from zsq_deploy.errors import ModelError, UnsupportedOpError
 
 __all__ = ["read_onnx", "signature"]
 
@@ -146,6 +146,47 @@ def _load_external(proto: onnx.ModelProto, path: Path) -> None:
         del tensor.external_data[:]
 
 
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of a graph, in branches and loop bodies as well."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+            for branch in attribute.graphs:
+                yield from _nodes(branch)
+
+
+def _check_operators(proto: onnx.ModelProto) -> None:
+    """Name every operator that nobody knows, all places at once; the checker stops at the first.
+
+    Raises:
+        UnsupportedOpError: ONNX itself does not define some of them at the file's operator set, or they are of another domain
+            and the op table has no row for them.
+    """
+    from zsq_deploy.model.ops.support import UnsupportedUse, lookup, raise_unsupported
+
+    opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in proto.opset_import}
+    local = {(function.domain, function.name) for function in proto.functions}
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in _nodes(proto.graph):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if (node.domain, node.op_type) in local:
+            continue
+        if domain == "":
+            opset = opsets.get("", 1)
+            if opset <= onnx.defs.onnx_opset_version() and onnx.defs.has(node.op_type, opset, ""):
+                continue  # older forms are upgraded; what is then missing is said by the op table, again all at once
+            reason = f"ONNX has no such operator in operator set {opset}"
+        elif lookup(domain, node.op_type) is not None:
+            continue
+        else:
+            reason = "not in the op table"
+        title = f"{domain}::{node.op_type}" if domain else node.op_type
+        found.setdefault((title, reason), []).append(node.name or f"(the node that makes {node.output[0]!r})")
+    raise_unsupported(tuple(UnsupportedUse(op, reason, tuple(names)) for (op, reason), names in found.items()))
+
+
 def _check(proto: onnx.ModelProto, where: str) -> None:
     """Let the ONNX project's own checker look at the file."""
     if proto.ByteSize() > _TWO_GIB:
@@ -159,7 +200,10 @@ def _check(proto: onnx.ModelProto, where: str) -> None:
     for tensor_type in bare:
         tensor_type.shape.SetInParent()
     try:
+        _check_operators(proto)
         onnx.checker.check_model(proto)
+    except UnsupportedOpError:
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(
