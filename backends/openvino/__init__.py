@@ -6,5 +6,8 @@ Looking at the targets does not load the runtime; :mod:`zsq_deploy.backends.open
 from __future__ import annotations
 
 from zsq_deploy.backends.openvino.options import BuildOptions, NncfOptions, PotOptions
+from zsq_deploy.backends.openvino.quiet import forbid_telemetry
 
 __all__ = ["BuildOptions", "NncfOptions", "PotOptions"]
+
+forbid_telemetry()  # before any module of this folder imports OpenVINO or NNCF
