@@ -1,0 +1,185 @@
+"""From an ONNX graph to an OpenVINO IR on disk, and safely back.
+
+The IR is never compressed to float16: OpenVINO's own default for saving would change scales and biases. Nodes without a name of their
+own get numbers from a counter of the whole process; they are named after their place, so that equal builds give equal files.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zsq_deploy.artifact import atomic_path
+from zsq_deploy.backends.openvino.runtime import core, ov, version
+from zsq_deploy.errors import EngineError
+from zsq_deploy.model.graph import Graph
+
+__all__ = ["IR_VERSIONS", "convert", "first_line", "read", "save", "set_shapes", "weights_of"]
+
+IR_VERSIONS = (10, 11)
+"""Versions of the IR that OpenVINO 2022 and later read."""
+
+_HEAD = 4096
+_NET = re.compile(rb'<net\s[^>]*?\bversion="(\d+)"')
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What OpenVINO says in an exception, without the places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [
+        line
+        for line in lines
+        if line
+        and not line.startswith(("Exception from", "Check '", "[ GENERAL_ERROR ]"))
+        and not re.match(r"^\S*src/\S+:\d+", line)
+    ]
+    text = " ".join(said[:3]) if said else " ".join(line for line in lines if line)
+    return (text or type(error).__name__)[:limit]
+
+
+def weights_of(path: Path) -> Path:
+    """The file with the weights of an IR: the ``.bin`` beside the ``.xml``."""
+    return path.with_suffix(".bin")
+
+
+def read(path: Path) -> Any:
+    """Read an IR or an ONNX file.
+
+    Returns:
+        The ``openvino.Model``.
+
+    Raises:
+        EngineError: The file is missing, damaged, of a version that this OpenVINO does not read, or holds what it cannot do.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        model = core().read_model(str(path))
+    except Exception as error:  # OpenVINO raises plain RuntimeError for everything
+        raise EngineError(
+            f"OpenVINO {version()} cannot read this file: {first_line(error)}",
+            where=str(path),
+            remedy="build the engine again"
+            if path.suffix == ".xml"
+            else "look for the operator that the message names; `zsq inspect` lists all of them",
+        ) from error
+    return model
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise EngineError("the engine's file does not exist", where=str(path), remedy="build the engine again")
+    if path.suffix != ".xml":
+        return
+    head = path.read_bytes()[:_HEAD]
+    found = _NET.search(head)
+    if found is None:
+        raise EngineError(
+            "this is no OpenVINO IR: its XML does not begin with a <net> of a version",
+            where=str(path),
+            remedy="name the .xml file that OpenVINO, NNCF or POT wrote, or build the engine again",
+        )
+    if int(found.group(1)) not in IR_VERSIONS:
+        raise EngineError(
+            f"this IR is of version {int(found.group(1))}, and OpenVINO {version()} reads versions "
+            f"{' and '.join(str(number) for number in IR_VERSIONS)}",
+            where=str(path),
+            remedy="convert the network again with OpenVINO 2022.1 or later",
+        )
+    weights = weights_of(path)
+    if not weights.is_file():
+        raise EngineError(
+            "the weights of this IR are missing",
+            where=str(weights),
+            remedy=f"put the .bin file beside {path.name}, or build the engine again",
+        )
+    needed = _weight_bytes(path)
+    if weights.stat().st_size < needed:
+        raise EngineError(
+            f"the weights of this IR are cut short: {weights.stat().st_size} bytes, and {needed} are named in {path.name}",
+            where=str(weights),
+            remedy="copy the file again, or build the engine again",
+        )
+
+
+def _weight_bytes(path: Path) -> int:
+    """The end of the last constant that an IR names."""
+    last = 0
+    for found in re.finditer(
+        rb'\boffset="(\d+)"[^>]*?\bsize="(\d+)"|\bsize="(\d+)"[^>]*?\boffset="(\d+)"', path.read_bytes()
+    ):
+        offset, size = (found.group(1), found.group(2)) if found.group(1) else (found.group(4), found.group(3))
+        last = max(last, int(offset) + int(size))
+    return last
+
+
+def convert(graph: Graph | Path | str, *, batch: int | None = None) -> Any:
+    """An ONNX graph as an ``openvino.Model`` with the network's input and output names.
+
+    Args:
+        graph: The graph, or the file that holds it.
+        batch: Fix an open batch to this number; ``None`` leaves it open.
+
+    Raises:
+        EngineError: OpenVINO cannot read the graph; the message names the operator.
+    """
+    if isinstance(graph, Graph):
+        with tempfile.TemporaryDirectory(prefix="zsq-openvino-") as scratch:
+            path = Path(scratch) / "graph.onnx"
+            path.write_bytes(graph.proto.SerializeToString(deterministic=True))
+            model = read(path).clone()  # the clone holds its constants in memory, not in the file
+    else:
+        graph = Graph.load(graph)
+        return convert(graph, batch=batch)
+    for port, spec in zip(model.outputs, graph.outputs, strict=True):
+        port.get_tensor().set_names({spec.name})
+    for port, spec in zip(model.inputs, graph.inputs, strict=True):
+        port.get_tensor().set_names({spec.name})
+    if batch is not None:
+        set_shapes(model, {spec.name: (batch, *(size or 1 for size in spec.shape[1:])) for spec in graph.inputs})
+    return model
+
+
+def set_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Fix the shapes of a model's inputs, in place.
+
+    Raises:
+        EngineError: The network does not accept these shapes.
+    """
+    wanted = {port: list(shapes[name]) for port in model.inputs for name in port.get_names() if name in shapes}
+    try:
+        model.reshape(wanted)
+    except Exception as error:
+        shown = ", ".join(f"{name}: {list(shape)}" for name, shape in shapes.items())
+        raise EngineError(
+            f"the network does not accept these shapes: {first_line(error)}",
+            where=shown,
+            remedy="check the input's shape against `zsq inspect`; export the network with an open batch for batches",
+        ) from error
+
+
+def _name_by_place(model: Any) -> None:
+    for place, node in enumerate(model.get_ordered_ops()):
+        kind = node.get_type_name()
+        if re.fullmatch(rf"{re.escape(kind)}_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{kind}_of_place_{place}")
+
+
+def save(model: Any, path: Path) -> None:
+    """Write ``path`` (.xml) and the ``.bin`` beside it; a reader sees the old pair or the new pair.
+
+    The weights are put in place first and the ``.xml``, which every reader opens, last.
+    """
+    path = Path(path)
+    _name_by_place(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        ov.save_model(model, str(made), compress_to_fp16=False)
+        for source, target in ((weights_of(made), weights_of(path)), (made, path)):
+            with atomic_path(target) as temporary:
+                temporary.unlink()
+                source.rename(temporary)
