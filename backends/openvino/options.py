@@ -14,15 +14,40 @@ from zsq_deploy.artifact import digest_bytes, digest_json
 from zsq_deploy.backends.base import BuildSettings, Target
 from zsq_deploy.errors import UsageError
 
-__all__ = ["BITS", "QUANTIZERS", "BuildOptions", "NncfOptions", "PotOptions", "Quantizer", "options_from"]
+__all__ = [
+    "BITS",
+    "CALIBRATORS",
+    "QUANTIZERS",
+    "RANGE_ESTIMATORS",
+    "BuildOptions",
+    "NncfOptions",
+    "PotOptions",
+    "Quantizer",
+    "options_from",
+]
 
 Quantizer = Literal["auto", "qdq", "nncf", "pot"]
 
 QUANTIZERS: tuple[str, ...] = ("auto", "qdq", "nncf", "pot")
 """Who decides what is quantized and how: our rules, NNCF, or POT; ``auto`` measures ours and NNCF's."""
 
+CALIBRATORS: tuple[str, ...] = ()
+"""The runtime's own calibrators, as range methods: none (NNCF and POT are quantizers, not calibrators)."""
+
 BITS: tuple[str, ...] = ("w8a8", "w4a8")
 """Bits of weights and activations that can be asked for; ``w4a8`` stores 4-bit weights and computes in 8 bits."""
+
+
+RANGE_ESTIMATORS: tuple[str | None, ...] = (
+    "minmax",
+    "mean_minmax",
+    "median_minmax",
+    "mean_no_outliers_minmax",
+    "mean_quantile",
+    "histogram",
+    None,
+)
+"""NNCF's range estimators, in lower case; ``None``: what it does by itself."""
 
 
 def _one_of(value: Any, allowed: tuple[Any, ...], where: str) -> None:
@@ -43,18 +68,28 @@ class NncfOptions:
     Attributes:
         preset: ``performance`` (everything symmetric), ``mixed`` (asymmetric activations) or ``None``: NNCF's default.
         model_type: ``transformer`` changes what NNCF quantizes around attention and normalization.
-        fast_bias_correction: Fast bias correction (one pass); ``False``: the full one, layer after layer.
+        fast_bias_correction: Correct biases in one pass; ``False``: layer after layer, each behind corrected ones. NNCF's own default is
+            the fast one; what the full one wins is measured in ``docs/openvino-nncf.md``.
         bias_correction: ``False``: NNCF leaves the biases alone.
         subset_size: Number of images to collect statistics from; ``None``: the whole set.
         ignored_names: Names of nodes that stay in float.
         ignored_types: Types of operators (as OpenVINO calls them) that stay in float.
         ignored_patterns: Regular expressions of names of nodes that stay in float.
         target_device: ``CPU``, ``GPU``, ``NPU``, ``ANY``, ``CPU_SPR``; ``None``: the target's.
-        overflow_fix: ``disable``, ``enable`` or ``first_layer_only``: half-range weights, for processors without VNNI.
-        smooth_quant_alpha: Strength of SmoothQuant in matrix products (-1: off); ``None``: NNCF's default.
+        overflow_fix: ``disable``, ``enable`` or ``first_layer_only``: half-range weights, for processors without VNNI; ``None``:
+            ``disable`` where the target has VNNI (NNCF's own default halves the first layer's weights everywhere).
+        activations_range: How the range of an activation is found, by NNCF's names: ``minmax`` over all images, or ``mean_minmax``,
+            ``median_minmax``, ``mean_no_outliers_minmax``, ``mean_quantile``, ``histogram``; ``None``: NNCF's own mixture.
+        weights_range: The same for weights; ``None``: NNCF's default (largest magnitude).
+        range_quantile: Share of values that ``mean_quantile`` and ``mean_no_outliers_minmax`` leave out at each end.
+        smooth_quant_alpha: Strength of SmoothQuant in matrix products (-1: off); ``None``: NNCF's default. It works with
+            ``model_type="transformer"``.
+        smooth_quant_convolution_alpha: The same in convolutions; NNCF's default is off.
         accuracy_control: Return layers to float until the metric drops by no more than `max_drop`.
         max_drop: Largest drop of the metric that accuracy control allows (share of 1, so 0.01 is one point).
         drop_type: ``absolute`` or ``relative`` drop.
+        ranking_subset_size: Number of samples that rank the layers in accuracy control; ``None``: all of them.
+        max_iterations: Most layers that accuracy control may return to float; ``None``: no limit.
         tune_parameters: Accuracy control also searches quantization parameters first.
         per_channel_activations: Let NNCF give depthwise convolutions one activation scale a channel, as it does by default; OpenVINO's
             CPU plugin then computes them in float.
@@ -62,7 +97,7 @@ class NncfOptions:
 
     preset: Literal["performance", "mixed"] | None = "mixed"
     model_type: Literal["transformer"] | None = None
-    fast_bias_correction: bool = True
+    fast_bias_correction: bool = False
     bias_correction: bool = True
     subset_size: int | None = None
     ignored_names: tuple[str, ...] = ()
@@ -70,10 +105,16 @@ class NncfOptions:
     ignored_patterns: tuple[str, ...] = ()
     target_device: str | None = None
     overflow_fix: str | None = None
+    activations_range: str | None = "minmax"
+    weights_range: str | None = None
+    range_quantile: float = 1e-4
     smooth_quant_alpha: float | None = None
+    smooth_quant_convolution_alpha: float | None = None
     accuracy_control: bool = False
     max_drop: float = 0.01
     drop_type: Literal["absolute", "relative"] = "absolute"
+    ranking_subset_size: int | None = None
+    max_iterations: int | None = None
     tune_parameters: bool = False
     per_channel_activations: bool = False
 
@@ -83,7 +124,16 @@ class NncfOptions:
         _one_of(self.target_device, ("CPU", "GPU", "NPU", "ANY", "CPU_SPR", None), "nncf.target_device")
         _one_of(self.overflow_fix, ("disable", "enable", "first_layer_only", None), "nncf.overflow_fix")
         _one_of(self.drop_type, ("absolute", "relative"), "nncf.drop_type")
-        _positive(self.subset_size, "nncf.subset_size")
+        _one_of(self.activations_range, RANGE_ESTIMATORS, "nncf.activations_range")
+        _one_of(self.weights_range, RANGE_ESTIMATORS, "nncf.weights_range")
+        if not 0.0 < self.range_quantile < 0.5:
+            raise UsageError(
+                f"{self.range_quantile} is no share of values to leave out at each end",
+                where="nncf.range_quantile",
+                remedy="give a number between 0 and 0.5, such as 0.0001",
+            )
+        for name in ("subset_size", "ranking_subset_size", "max_iterations"):
+            _positive(getattr(self, name), f"nncf.{name}")
         _positive(self.max_drop, "nncf.max_drop", zero=True)
 
 
