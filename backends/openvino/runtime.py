@@ -1,8 +1,7 @@
 """OpenVINO itself, as this package uses it: imported once, silent, with one core object a process.
 
-Importing OpenVINO reports the import to its makers unless somebody objected before. Here nothing is ever sent, and no identifier is
-left in the user's home: what would send is put out of action first, and only then is OpenVINO imported. Every module of this folder
-gets it from here.
+Importing OpenVINO already reports to its makers unless somebody objected before (:mod:`zsq_deploy.backends.openvino.quiet`), so every
+module of this folder gets it from here.
 """
 
 from __future__ import annotations
@@ -12,28 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["core", "cpu_features", "devices", "ov", "telemetry_off", "version"]
+from zsq_deploy.backends.openvino.quiet import forbid_telemetry
+
+__all__ = ["core", "cpu_features", "devices", "ov", "version"]
 
 
-def telemetry_off() -> None:
-    """Make the telemetry package of OpenVINO (NNCF and POT use it too) decline, whatever its own files say; may be called again."""
-    try:
-        checker = importlib.import_module("openvino_telemetry.utils.opt_in_checker")
-        sender = importlib.import_module("openvino_telemetry.utils.sender")
-    except ImportError:
-        return
-
-    def declined(*_: Any, **__: Any) -> Any:
-        return checker.ConsentCheckResult.DECLINED
-
-    def dropped(*_: Any, **__: Any) -> None:
-        return None
-
-    checker.OptInChecker.check = declined
-    sender.TelemetrySender.send = dropped
-
-
-telemetry_off()
+forbid_telemetry()
 ov: Any = importlib.import_module("openvino")
 
 

@@ -1,0 +1,286 @@
+"""What OpenVINO really executed: its runtime graph and profile, traced back to the network's nodes.
+
+The runtime graph says of every executed layer which operators of the model it stands for, which primitive computed it and in which
+precision; the profile says how long it took. How much arithmetic a layer is comes from the shapes of the operators in the model that
+was compiled, so a convolution that the runtime graph does not account for is noticed, and counts as float.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from zsq_deploy.backends.base import KernelRecord
+from zsq_deploy.errors import EngineError
+from zsq_deploy.model.graph import Graph
+
+if TYPE_CHECKING:
+    from zsq_deploy.backends.openvino.runner import OvRunner
+
+__all__ = ["Layer", "kernels", "layers", "model_macs"]
+
+Array = npt.NDArray[Any]
+
+_CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+_REPEATS = 12
+_WARMUP = 3
+_BARE = "/WithoutBiases"
+"""What OpenVINO appends to the name of a convolution or product whose bias became an operator of its own."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One executed layer of the runtime graph.
+
+    Attributes:
+        name: OpenVINO's name.
+        kind: Its type: ``Convolution``, ``Subgraph``, ``Reorder``, ...
+        primitive: The kernel that computed it, with its type of numbers at the end: ``brgconv_avx512_dw_I8``.
+        precision: Precision of its arithmetic: ``u8``, ``f32``, ...
+        outputs: Precisions of its outputs.
+        originals: Names of the operators of the model that it stands for.
+        microseconds: Time of one execution; ``None`` if it was not executed.
+    """
+
+    name: str
+    kind: str
+    primitive: str
+    precision: str
+    outputs: tuple[str, ...]
+    originals: tuple[str, ...]
+    microseconds: float | None
+
+    @property
+    def integer(self) -> bool:
+        """Whether it multiplied (or moved) integers. What only turns integers into floats, or floats into integers, does not."""
+        if not self.primitive.upper().endswith(("_I8", "_U8")):
+            return False
+        if self.kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul"):
+            return True  # these may write float: the last step of the kernel scales the sums
+        return not any(one in ("f32", "f16", "bf16") for one in self.outputs)
+
+
+def _text(info: Any, key: str) -> str:
+    if key not in info:
+        return ""
+    value = info[key]
+    return str(value.astype(str)) if hasattr(value, "astype") else str(value)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def layers(compiled: Any, microseconds: Mapping[str, float] | None = None) -> list[Layer]:
+    """The layers of a compiled model in order of execution, without constants, inputs and outputs.
+
+    Args:
+        compiled: The ``openvino.CompiledModel``.
+        microseconds: Time of each layer by name; default: what the runtime graph says (of the last inference, with PERF_COUNT).
+    """
+    found: list[tuple[int, Layer]] = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind = _text(info, "layerType")
+        if kind in ("Const", "Constant", "Input", "Parameter", "Output", "Result"):
+            continue
+        name = str(node.get_friendly_name())
+        if microseconds is not None:
+            time = microseconds.get(name)
+        else:
+            said = _text(info, "execTimeMcs")
+            time = float(said) if said.isdigit() else None
+        order = _text(info, "execOrder")
+        found.append(
+            (
+                int(order) if order.isdigit() else len(found),
+                Layer(
+                    name=name,
+                    kind=kind,
+                    primitive=_text(info, "primitiveType"),
+                    precision=_text(info, "runtimePrecision"),
+                    outputs=_names(_text(info, "outputPrecisions")),
+                    originals=_names(_text(info, "originalLayersNames")),
+                    microseconds=time,
+                ),
+            )
+        )
+    return [layer for _, layer in sorted(found, key=lambda pair: pair[0])]
+
+
+def _sizes(shape: Any) -> list[int] | None:
+    return [size.get_length() for size in shape] if shape.is_static else None
+
+
+def model_macs(model: Any) -> dict[str, int]:
+    """Multiply-accumulates of every convolution and product of a model with fixed shapes: operator name -> count of one batch."""
+    found: dict[str, int] = {}
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind not in (*_CONVOLUTIONS, "MatMul"):
+            continue
+        source, weight = (_sizes(node.input(place).get_partial_shape()) for place in (0, 1))
+        output = _sizes(node.output(0).get_partial_shape())
+        if source is None or weight is None or output is None:
+            count = 0
+        elif kind == "Convolution":  # [O, I, kernel]
+            count = math.prod(output) * math.prod(weight[1:])
+        elif kind == "GroupConvolution":  # [G, O/G, I/G, kernel]
+            count = math.prod(output) * math.prod(weight[2:])
+        elif kind == "ConvolutionBackpropData":  # [I, O, kernel]: every input value reaches all of it
+            count = math.prod(source) * math.prod(weight[1:])
+        elif kind == "GroupConvolutionBackpropData":
+            count = math.prod(source) * math.prod(weight[2:])
+        else:
+            turned = bool(node.get_attributes().get("transpose_a", False)) and len(source) > 1
+            count = math.prod(output) * source[-2 if turned else -1]
+        found[str(node.get_friendly_name())] = count
+    return found
+
+
+def _measured(compiled: Any, inputs: Sequence[Array]) -> dict[str, float]:
+    """Median microseconds of every executed layer."""
+    request = compiled.create_infer_request()
+    times: dict[str, list[float]] = {}
+    for number in range(_WARMUP + _REPEATS):
+        request.infer(list(inputs), share_inputs=True)
+        if number < _WARMUP:
+            continue
+        for entry in request.profiling_info:
+            if "EXECUTED" in str(entry.status):
+                times.setdefault(str(entry.node_name), []).append(entry.real_time.total_seconds() * 1e6)
+    return {name: float(median(values)) for name, values in times.items()}
+
+
+def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
+    """Profile a loaded model on one batch and describe every layer that was executed.
+
+    Returns:
+        One record for each executed layer, in order of execution. MACs are those of batch 1.
+
+    Raises:
+        EngineError: The inputs do not fit, or the runtime graph names nothing.
+    """
+    model, compiled = loaded.compiled(feeds, PERF_COUNT=True)
+    times = _measured(compiled, [feeds[name] for name in loaded.input_names])
+    executed = layers(compiled, times)
+    if not executed:
+        raise EngineError(
+            "OpenVINO's runtime graph names no layer",
+            where=str(loaded.path),
+            remedy="please report this with the version",
+        )
+    batch = max(1, int(next(iter(feeds.values())).shape[0])) if feeds else 1
+    macs = model_macs(model)
+    operators = {str(node.get_friendly_name()): node for node in model.get_ordered_ops()}
+    known = _network_nodes(loaded.path)
+    left = dict(macs)
+    records = []
+    for layer in executed:
+        stands_for = [name for name in (layer.name, *layer.originals) if name in left]
+        count = sum(left.pop(name) for name in dict.fromkeys(stands_for))
+        if layer.microseconds is None and not count:
+            continue  # folded into a neighbour, or nothing but another view of the same memory
+        reason = ""
+        if not layer.integer:
+            product = operators[stands_for[0]] if stands_for else None
+            reason = _mode_reason(loaded.mode) or _reason(layer, product)
+        records.append(
+            KernelRecord(
+                node=layer.name,
+                op=f"{layer.kind} {layer.primitive}" if layer.primitive else layer.kind,
+                integer=layer.integer,
+                microseconds=layer.microseconds or 0.0,
+                sources=_sources(layer, known),
+                macs=count // batch,
+                reason=reason,
+            )
+        )
+    records.extend(
+        KernelRecord(
+            node=name,
+            op=str(operators[name].get_type_name()),
+            integer=False,
+            microseconds=0.0,
+            sources=_sources(Layer(name, "", "", "", (), (name,), None), known),
+            macs=count // batch,
+            reason="OpenVINO's runtime graph does not say which layer computed it",
+        )
+        for name, count in left.items()
+        if count
+    )
+    return records
+
+
+def _network_nodes(path: Path) -> frozenset[str] | None:
+    """Names of the network's nodes, from the ONNX file that was loaded or from the Q/DQ graph beside an engine."""
+    beside = path if path.suffix == ".onnx" else path.with_name("qdq.onnx")
+    if not beside.is_file():
+        return None
+    return frozenset(node.name for node in Graph.load(beside))
+
+
+def _sources(layer: Layer, known: frozenset[str] | None) -> tuple[str, ...]:
+    """The nodes of the network that a layer stands for, the one that gave it its name first."""
+    names = dict.fromkeys(name.removesuffix(_BARE) for name in (layer.name, *layer.originals))
+    return tuple(name for name in names if known is None or name in known)
+
+
+def _mode_reason(mode: str) -> str:
+    return {"float": "float model", "unfused": "low-precision transformations are off"}.get(mode, "")
+
+
+def _reason(layer: Layer, product: Any) -> str:
+    """Why a layer of an engine was not computed in integers."""
+    if product is not None:
+        return explain(product)
+    kinds = " ".join((layer.name, *layer.originals))
+    if layer.primitive.upper().endswith(("_I8", "_U8")):
+        return "conversion from integers to float"
+    if any(one in ("u8", "i8") for one in layer.outputs):
+        return "conversion from float to integers"
+    if layer.kind == "Reorder":
+        return "float values in another memory layout"
+    if layer.kind in ("Convert", "FakeQuantize") or "QuantizeLinear" in kinds:
+        return "rounding between float operators"
+    return f"OpenVINO computes {layer.kind} in float here: its inputs are not quantized, or it has no integer kernel"
+
+
+def _through(node: Any) -> Any:
+    """The operator behind copies and reshapes that leave numbers as they are."""
+    while node.get_type_name() in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Convert", "MaxPool", "Concat"):
+        node = node.input_value(0).get_node()
+    return node
+
+
+def explain(product: Any) -> str:
+    """Why a convolution or product of an engine's model is computed in float.
+
+    Args:
+        product: The operator in the model.
+    """
+    kind = "depthwise convolution" if _is_depthwise(product) else str(product.get_type_name())
+    source = _through(product.input_value(0).get_node())
+    weight = _through(product.input_value(1).get_node())
+    if source.get_type_name() == "FakeQuantize":
+        widths = [math.prod(source.input(place).get_shape()) for place in range(1, 5)]
+        if max(widths) > 1:
+            return f"{kind}: its input has a scale for each channel, which OpenVINO computes in float"
+    elif source.get_type_name() not in ("Multiply", "Subtract"):
+        return f"{kind}: its input is not quantized"
+    if weight.get_type_name() == "Constant":
+        return f"{kind}: its weights are not quantized"
+    return f"{kind}: OpenVINO has no integer kernel for this form on this device"
+
+
+def _is_depthwise(product: Any) -> bool:
+    if product.get_type_name() not in ("GroupConvolution", "GroupConvolutionBackpropData"):
+        return False
+    shape = product.input(1).get_partial_shape()
+    return bool(shape.is_static and shape[1].get_length() == 1 and shape[2].get_length() == 1)
