@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from zsq_deploy.backends.base import BuildSettings, Engine, KernelRecord, Runner, Target
+from zsq_deploy.backends.base import BuildSettings, Engine, KernelRecord, Runner, Target, ValidationData
 from zsq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "KernelRecord",
     "Runner",
     "Target",
+    "ValidationData",
     "get_backend",
     "get_target",
     "target_names",
@@ -36,7 +37,15 @@ __all__ = [
 
 
 class Backend(Protocol):
-    """What the module ``backend`` of a runtime offers."""
+    """What the module ``backend`` of a runtime offers.
+
+    Attributes:
+        QUANTIZERS: Who can quantize for it; ``auto`` is always one of them.
+        CALIBRATORS: The runtime's own calibrators, as range methods (``ort-entropy``).
+    """
+
+    QUANTIZERS: tuple[str, ...]
+    CALIBRATORS: tuple[str, ...]
 
     def options_from(self, settings: BuildSettings, target: Target) -> Any:
         """The runtime's build options for what a user asked for.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from zsq_deploy.quant.scheme import Scheme
 
-__all__ = ["BuildSettings", "Engine", "KernelRecord", "Runner", "Target"]
+__all__ = ["BuildSettings", "Engine", "KernelRecord", "Runner", "Target", "ValidationData"]
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +76,21 @@ class BuildSettings:
     exact_scales: bool = True
     compress_weights: str | None = None
     vendor: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Samples on which accuracy control measures a quantized network.
+
+    Attributes:
+        batches: Feeds by input name, one mapping a batch.
+        labels: Class numbers of each batch; ``None``: the metric is agreement with the float network on these (synthetic) images.
+        source: Where the images come from, for the report.
+    """
+
+    batches: Sequence[Mapping[str, Array]]
+    labels: Sequence[Array] | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -28,6 +28,8 @@ __all__ = [
     "FieldDescription",
     "GatesSection",
     "ModelSection",
+    "NncfSection",
+    "PotSection",
     "QuantizationSection",
     "Recipe",
     "RunSection",
@@ -147,8 +149,96 @@ class CalibrationSection(_Section):
     )
 
 
+class NncfSection(_Section):
+    """What NNCF is told (OpenVINO targets); the words are NNCF's wherever it has one."""
+
+    preset: Literal["performance", "mixed"] | None = Field(
+        default="mixed",
+        description="performance: everything symmetric; mixed: asymmetric activations; null: NNCF's default.",
+    )
+    model_type: Literal["transformer"] | None = Field(
+        default=None, description="transformer changes what is quantized around attention and normalization."
+    )
+    fast_bias_correction: bool = Field(
+        default=True, description="Fast bias correction, one pass; false: the full one, layer after layer."
+    )
+    bias_correction: bool = Field(default=True, description="false: NNCF leaves biases alone.")
+    subset_size: _Size | None = Field(
+        default=None, description="Number of images to collect statistics from; null: the whole set."
+    )
+    ignored_names: _Names = Field(default=(), description="Names of nodes that stay in float.")
+    ignored_types: _Names = Field(
+        default=(), description="Operator types, as OpenVINO calls them (MatMul, Add), that stay in float."
+    )
+    ignored_patterns: _Names = Field(
+        default=(), description="Regular expressions of names of nodes that stay in float."
+    )
+    target_device: Literal["CPU", "GPU", "NPU", "ANY", "CPU_SPR"] | None = Field(
+        default=None, description="Device that NNCF quantizes for: CPU, GPU, NPU, ANY, CPU_SPR; null: the target's."
+    )
+    overflow_fix: Literal["disable", "enable", "first_layer_only"] | None = Field(
+        default=None,
+        description="Half-range weights against saturation without VNNI: disable, enable, first_layer_only; null: NNCF's default.",
+    )
+    smooth_quant_alpha: float | None = Field(
+        default=None, description="Strength of SmoothQuant in matrix products, -1: off; null: NNCF's default."
+    )
+    accuracy_control: bool = Field(
+        default=False, description="Return layers to float until the metric drops by no more than max_drop."
+    )
+    max_drop: float = Field(
+        default=0.01, ge=0, description="Largest drop that accuracy control allows; 0.01 is one point."
+    )
+    drop_type: Literal["absolute", "relative"] = Field(
+        default="absolute", description="How the drop counts: absolute or relative."
+    )
+    tune_parameters: bool = Field(
+        default=False, description="Accuracy control searches the parameters of quantization before it returns layers."
+    )
+    per_channel_activations: bool = Field(
+        default=False,
+        description="One activation scale a channel before depthwise convolutions, as NNCF does by default; OpenVINO's CPU plugin "
+        "then computes them in float.",
+    )
+
+
+class PotSection(_Section):
+    """What POT is told (OpenVINO targets, quantizer: pot); the words are POT's wherever it has one."""
+
+    algorithm: Literal["DefaultQuantization", "AccuracyAwareQuantization"] = Field(
+        default="DefaultQuantization",
+        description="DefaultQuantization, or AccuracyAwareQuantization, which returns layers to float until the drop is small enough.",
+    )
+    preset: Literal["performance", "mixed", "accuracy"] = Field(
+        default="mixed",
+        description="performance: everything symmetric; mixed: asymmetric activations; accuracy: all asymmetric.",
+    )
+    stat_subset_size: _Size | None = Field(
+        default=None, description="Number of images to collect statistics from; null: the whole set."
+    )
+    use_fast_bias: bool = Field(default=True, description="Fast bias correction; false: the full one.")
+    ignored: _Names = Field(default=(), description="Names of nodes that stay in float.")
+    ignored_types: _Names = Field(default=(), description="Operator types that stay in float.")
+    max_drop: float = Field(
+        default=0.01, ge=0, description="Largest drop that AccuracyAwareQuantization allows; 0.01 is one point."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="More of POT's own keys for the parameters of the algorithm; they win."
+    )
+    config_path: str | None = Field(
+        default=None,
+        description="A POT configuration file that is run as it is; only its model and engine sections are replaced.",
+    )
+
+
 class QuantizationSection(_Section):
     """How the network becomes an integer one."""
+
+    quantizer: Literal["auto", "qdq", "nncf", "pot"] = Field(
+        default="auto",
+        description="Who quantizes for OpenVINO: qdq (our Q/DQ graph), nncf, pot; auto measures qdq and nncf and keeps the better. "
+        "ONNX Runtime targets know auto only.",
+    )
 
     bits: str = Field(
         default="w8a8", pattern=r"^[wW]\d{1,2}[aA]\d{1,2}$", description="Bits of weights and activations, w8a8."
@@ -177,6 +267,52 @@ class QuantizationSection(_Section):
         description="What the search chose, by target; a finished run writes it here, so that running its recipe again measures "
         "nothing and gives the same engine.",
     )
+    compress_weights: Literal["int8_sym", "int8_asym", "int4_sym", "int4_asym"] | None = Field(
+        default=None,
+        description="OpenVINO: compress the weights of matrix products that stay in float: int8_sym, int8_asym, int4_sym, int4_asym.",
+    )
+    validation_data: str | None = Field(
+        default=None,
+        description="Labelled images that accuracy control may look at (.npz or folder). Without them its metric is agreement with the "
+        "float network on synthetic images.",
+    )
+    nncf: NncfSection = Field(default=NncfSection(), description="What NNCF is told.")
+    pot: PotSection = Field(default=PotSection(), description="What POT is told.")
+
+    @property
+    def accuracy_control(self) -> bool:
+        """Whether the chosen quantizer is to return layers to float until a metric is kept."""
+        if self.quantizer == "pot":
+            return self.pot.algorithm == "AccuracyAwareQuantization"
+        return self.quantizer in ("auto", "nncf") and self.nncf.accuracy_control
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The sections that the chosen quantizer does not read."""
+        readers = {"nncf": ("auto", "nncf"), "pot": ("pot",)}
+        return tuple(name for name, quantizers in readers.items() if self.quantizer not in quantizers)
+
+    @property
+    def vendor(self) -> dict[str, dict[str, Any]]:
+        """What each vendor's quantizer is told: quantizer -> word -> value; only those that are told something."""
+        return {
+            name: section.model_dump()
+            for name, section in (("nncf", self.nncf), ("pot", self.pot))
+            if section != type(section)()
+        }
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> QuantizationSection:
+        for name in set(self.unread) & set(self.vendor):
+            raise ValueError(f"the section {name} says something, and quantizer {self.quantizer} does not read it")
+        if self.validation_data is not None and not self.accuracy_control:
+            raise ValueError(
+                "validation_data is for accuracy control, which is off: set nncf.accuracy_control, or "
+                "pot.algorithm to AccuracyAwareQuantization"
+            )
+        if self.ranges != "auto" and self.quantizer in ("nncf", "pot"):
+            raise ValueError(f"ranges: {self.ranges} has no effect on {self.quantizer}, which finds ranges itself")
+        return self
 
 
 class GatesSection(_Section):
@@ -288,9 +424,12 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
         text: list[str] = []
+        defaults = Recipe(model=ModelSection(source="-")).model_dump(mode="json")
         for name, value in self.model_dump(mode="json").items():
             if isinstance(value, dict):
-                section = _without_none(value)
+                if name == "quantization":  # what no quantizer reads is not written
+                    value = {key: item for key, item in value.items() if key not in self.quantization.unread}
+                section = _without_none(value, defaults[name])
                 if not section:
                     continue
                 value = section
@@ -342,8 +481,17 @@ class Recipe(_Section):
         model: dict[str, Any] = {"path": changed(self.model.path), "weights": changed(self.model.weights)}
         if _is_file_source(self.model.source):
             model["source"] = changed(self.model.source)
+        quantization = self.quantization
         return self.model_copy(
             update={
+                "quantization": quantization.model_copy(
+                    update={
+                        "validation_data": changed(quantization.validation_data),
+                        "pot": quantization.pot.model_copy(
+                            update={"config_path": changed(quantization.pot.config_path)}
+                        ),
+                    }
+                ),
                 "calibration": self.calibration.model_copy(update={"set": changed(self.calibration.set)}),
                 "model": self.model.model_copy(update=model),
                 "verification": self.verification.model_copy(
@@ -359,13 +507,21 @@ def _is_file_source(source: str) -> bool:
     return Path(source).suffix.lower() in (".onnx", ".pt2") or ":" not in source
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+_FREE = ("parameters", "config")
+"""Mappings whose words are not ours."""
+
+
+def _without_none(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what says nothing: nulls and empty sections, unless that differs from the default."""
     found: dict[str, Any] = {}
     for key, value in values.items():
+        default = defaults.get(key)
         # a method's own parameters are the user's: null means something there
-        inner = _without_none(value) if isinstance(value, dict) and key != "parameters" else value
-        if inner is not None and inner != {}:
-            found[key] = inner
+        section = isinstance(value, dict) and isinstance(default, dict) and key not in _FREE
+        inner = _without_none(value, default or {}) if section else value
+        if inner == {} or (inner is None and default is None):
+            continue
+        found[key] = inner
     return found
 
 

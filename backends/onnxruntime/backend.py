@@ -8,12 +8,14 @@ from typing import Any
 from zsq_deploy.backends.onnxruntime.calibrators import calibrate
 from zsq_deploy.backends.onnxruntime.choose import Choice, candidates, choose
 from zsq_deploy.backends.onnxruntime.lint import Finding, lint
-from zsq_deploy.backends.onnxruntime.options import BuildOptions, options_from
+from zsq_deploy.backends.onnxruntime.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
 from zsq_deploy.backends.onnxruntime.quantizer import build
 from zsq_deploy.backends.onnxruntime.runner import float_modes, missing_features, runner
 from zsq_deploy.backends.onnxruntime.summary import summarize
 
 __all__ = [
+    "CALIBRATORS",
+    "QUANTIZERS",
     "BuildOptions",
     "Choice",
     "Finding",

@@ -13,7 +13,13 @@ from zsq_deploy.artifact import digest_bytes, digest_json
 from zsq_deploy.backends.base import BuildSettings, Target
 from zsq_deploy.errors import UsageError
 
-__all__ = ["LOSSY_OPS", "MAC_OPS", "WIDE_OPS", "BuildOptions", "options_from"]
+__all__ = ["CALIBRATORS", "LOSSY_OPS", "MAC_OPS", "QUANTIZERS", "WIDE_OPS", "BuildOptions", "options_from"]
+
+CALIBRATORS: tuple[str, ...] = ("ort-minmax", "ort-entropy", "ort-percentile")
+"""The runtime's own calibrators, as range methods."""
+
+QUANTIZERS: tuple[str, ...] = ("auto",)
+"""Who can quantize: ONNX Runtime's own quantizer."""
 
 MAC_OPS: tuple[str, ...] = ("Conv", "Gemm", "MatMul")
 """Operators that multiply and accumulate, and that have an integer kernel."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zsq_deploy.backends.openvino.options import BuildOptions, options_from
+from zsq_deploy.backends.openvino.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
 
-__all__ = ["BuildOptions", "integer_reference", "options_from"]
+__all__ = ["CALIBRATORS", "QUANTIZERS", "BuildOptions", "integer_reference", "options_from"]
 
 
 def integer_reference(engine: Any, *, threads: int = 1) -> Any:

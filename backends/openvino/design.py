@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
+from zsq_deploy.backends.base import ValidationData
 from zsq_deploy.model.graph import Graph
 
 __all__ = ["Design", "ValidationData"]
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -35,18 +32,3 @@ class Design:
     corrects_biases: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ValidationData:
-    """Samples on which accuracy control measures a quantized network.
-
-    Attributes:
-        batches: Feeds by input name, one mapping a batch.
-        labels: Class numbers of each batch; ``None``: the metric is agreement with the float network on these (synthetic) images.
-        source: Where the images come from, for the report.
-    """
-
-    batches: Sequence[Mapping[str, Array]]
-    labels: Sequence[Array] | None = None
-    source: str = ""

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from zsq_deploy import __version__
 from zsq_deploy.cli import options as o
+from zsq_deploy.cli.shared import EVALUATION, IMAGES, MODEL, QUANTIZATION, RUN, SEED, with_options
+from zsq_deploy.cli.words import recipe_from
 from zsq_deploy.errors import UsageError
 from zsq_deploy.progress import Progress, default_progress
 
@@ -87,40 +89,10 @@ def _root(
 
 
 @app.command(short_help="The whole job: network in, verified engines out.")
+@with_options(*MODEL, *IMAGES, *QUANTIZATION, *EVALUATION, *RUN)
 def deploy(
-    model: o.ModelArg,
+    said: dict[str, Any],
     output: o.OutputOpt,
-    path: o.PathOpt = None,
-    weights: o.WeightsOpt = None,
-    input_shape: o.ShapeOpt = None,
-    mean: o.MeanOpt = None,
-    std: o.StdOpt = None,
-    raw_pixels: o.RawOpt = False,
-    method: o.MethodOpt = "zeroq",
-    images: o.ImagesOpt = 256,
-    param: o.ParamOpt = None,
-    device: o.DeviceOpt = None,
-    calibration: o.SetOpt = None,
-    bits: o.BitsOpt = "w8a8",
-    ranges: o.RangesOpt = "auto",
-    bias_correction: o.BiasOpt = True,
-    exact_scales: o.ExactOpt = True,
-    search: o.SearchOpt = True,
-    exclude: o.ExcludeOpt = None,
-    target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006 -- typer reads it, nobody changes it
-    eval_data: o.EvalOpt = None,
-    limit: o.LimitOpt = None,
-    resize: o.ResizeOpt = False,
-    min_agreement: o.MinAgreementOpt = None,
-    min_float_agreement: o.MinFloatAgreementOpt = None,
-    max_accuracy_drop: o.MaxDropOpt = None,
-    min_speedup: o.MinSpeedupOpt = None,
-    min_within_2_lsb: o.MinLsbOpt = None,
-    min_integer_macs: o.MinMacsOpt = None,
-    min_integer_equal: o.MinEqualOpt = None,
-    max_latency_ms: o.MaxLatencyOpt = None,
-    seed: o.SeedOpt = 0,
-    threads: o.ThreadsOpt = 1,
     force: o.ForceOpt = False,
     resume: o.ResumeOpt = False,
     as_json: o.JsonOpt = False,
@@ -139,42 +111,7 @@ def deploy(
     """
     from zsq_deploy.pipeline import deploy as job
 
-    recipe = o.recipe_from(
-        {
-            "model.source": model,
-            "model.path": path,
-            "model.weights": weights,
-            "model.input_shape": input_shape,
-            "model.mean": mean,
-            "model.std": std,
-            "model.raw_pixels": raw_pixels,
-            "calibration.method": method,
-            "calibration.images": images,
-            "calibration.parameters": o.parameters(param),
-            "calibration.device": device,
-            "calibration.set": calibration,
-            "quantization.bits": bits,
-            "quantization.ranges": ranges,
-            "quantization.bias_correction": bias_correction,
-            "quantization.exact_scales": exact_scales,
-            "quantization.search": search,
-            "quantization.exclude": exclude,
-            "targets": target,
-            "verification.eval_data": eval_data,
-            "verification.limit": limit,
-            "verification.resize": resize,
-            "verification.gates.min_agreement": min_agreement,
-            "verification.gates.min_float_agreement": min_float_agreement,
-            "verification.gates.max_accuracy_drop": max_accuracy_drop,
-            "verification.gates.min_speedup": min_speedup,
-            "verification.gates.min_within_2_lsb": min_within_2_lsb,
-            "verification.gates.min_integer_macs": min_integer_macs,
-            "verification.gates.min_integer_equal": min_integer_equal,
-            "verification.gates.max_latency_ms": max_latency_ms,
-            "run.seed": seed,
-            "run.threads": threads,
-        }
-    )
+    recipe = recipe_from(said)
     outcome = job(
         recipe, output, force=force, resume=resume, command=shlex.join(sys.argv), progress=_progress(quiet, as_json)
     )
@@ -232,19 +169,10 @@ def run_recipe(
 
 
 @app.command(short_help="Make calibration images from the network alone.")
+@with_options(*MODEL, *IMAGES, SEED)
 def synth(
-    model: o.ModelArg,
+    said: dict[str, Any],
     output: o.OutputOpt,
-    path: o.PathOpt = None,
-    weights: o.WeightsOpt = None,
-    input_shape: o.ShapeOpt = None,
-    mean: o.MeanOpt = None,
-    std: o.StdOpt = None,
-    raw_pixels: o.RawOpt = False,
-    method: o.MethodOpt = "zeroq",
-    images: o.ImagesOpt = 256,
-    param: o.ParamOpt = None,
-    device: o.DeviceOpt = None,
     export: Annotated[
         str | None,
         typer.Option(
@@ -253,7 +181,6 @@ def synth(
             help="Also write the set for another tool: test-data (onnx .pb folders), polygraphy (inputs JSON), npy (list of .npy).",
         ),
     ] = None,
-    seed: o.SeedOpt = 0,
     force: o.ForceOpt = False,
     resume: o.ResumeOpt = False,
     as_json: o.JsonOpt = False,
@@ -268,22 +195,7 @@ def synth(
     """
     from zsq_deploy.pipeline.stages import synthesize_set
 
-    recipe = o.recipe_from(
-        {
-            "model.source": model,
-            "model.path": path,
-            "model.weights": weights,
-            "model.input_shape": input_shape,
-            "model.mean": mean,
-            "model.std": std,
-            "model.raw_pixels": raw_pixels,
-            "calibration.method": method,
-            "calibration.images": images,
-            "calibration.parameters": o.parameters(param),
-            "calibration.device": device,
-            "run.seed": seed,
-        }
-    )
+    recipe = recipe_from(said)
     made = synthesize_set(recipe, output, export=export, force=force, resume=resume, progress=_progress(quiet, as_json))
     manifest = made.manifest
     if as_json:
@@ -296,29 +208,10 @@ def synth(
 
 
 @app.command(short_help="Build engines, without measuring their quality.")
+@with_options(*MODEL, *IMAGES, *QUANTIZATION, *RUN)
 def quantize(
-    model: o.ModelArg,
+    said: dict[str, Any],
     output: o.OutputOpt,
-    path: o.PathOpt = None,
-    weights: o.WeightsOpt = None,
-    input_shape: o.ShapeOpt = None,
-    mean: o.MeanOpt = None,
-    std: o.StdOpt = None,
-    raw_pixels: o.RawOpt = False,
-    calibration: o.SetOpt = None,
-    method: o.MethodOpt = "zeroq",
-    images: o.ImagesOpt = 256,
-    param: o.ParamOpt = None,
-    device: o.DeviceOpt = None,
-    bits: o.BitsOpt = "w8a8",
-    ranges: o.RangesOpt = "auto",
-    bias_correction: o.BiasOpt = True,
-    exact_scales: o.ExactOpt = True,
-    search: o.SearchOpt = True,
-    exclude: o.ExcludeOpt = None,
-    target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006
-    seed: o.SeedOpt = 0,
-    threads: o.ThreadsOpt = 1,
     force: o.ForceOpt = False,
     resume: o.ResumeOpt = False,
     as_json: o.JsonOpt = False,
@@ -332,39 +225,13 @@ def quantize(
     """
     from zsq_deploy.pipeline.stages import quantize_only
 
-    recipe = o.recipe_from(
-        {
-            "model.source": model,
-            "model.path": path,
-            "model.weights": weights,
-            "model.input_shape": input_shape,
-            "model.mean": mean,
-            "model.std": std,
-            "model.raw_pixels": raw_pixels,
-            "calibration.method": method,
-            "calibration.images": images,
-            "calibration.parameters": o.parameters(param),
-            "calibration.device": device,
-            "calibration.set": calibration,
-            "quantization.bits": bits,
-            "quantization.ranges": ranges,
-            "quantization.bias_correction": bias_correction,
-            "quantization.exact_scales": exact_scales,
-            "quantization.search": search,
-            "quantization.exclude": exclude,
-            "targets": target,
-            "run.seed": seed,
-            "run.threads": threads,
-        }
-    )
+    recipe = recipe_from(said)
     built = quantize_only(recipe, output, force=force, resume=resume, progress=_progress(quiet, as_json))
     if as_json:
-        _print_json(
-            {name: {"path": str(engine.path), "bytes": engine.path.stat().st_size} for name, engine in built.items()}
-        )
+        _print_json({name: {"path": str(engine.path), "bytes": engine.bytes} for name, engine in built.items()})
     else:
         for name, engine in built.items():
-            sys.stdout.write(f"{name}: {engine.path} ({engine.path.stat().st_size:,} bytes)\n")
+            sys.stdout.write(f"{name}: {engine.path} ({engine.bytes:,} bytes)\n")
     return 0
 
 
@@ -372,22 +239,13 @@ _OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder 
 
 
 @app.command(short_help="Measure finished engines again.")
+@with_options(*EVALUATION)
 def verify(
+    said: dict[str, Any],
     folder: _OutArg,
     target: Annotated[
         list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
     ] = None,
-    eval_data: o.EvalOpt = None,
-    limit: o.LimitOpt = None,
-    resize: o.ResizeOpt = False,
-    min_agreement: o.MinAgreementOpt = None,
-    min_float_agreement: o.MinFloatAgreementOpt = None,
-    max_accuracy_drop: o.MaxDropOpt = None,
-    min_speedup: o.MinSpeedupOpt = None,
-    min_within_2_lsb: o.MinLsbOpt = None,
-    min_integer_macs: o.MinMacsOpt = None,
-    min_integer_equal: o.MinEqualOpt = None,
-    max_latency_ms: o.MaxLatencyOpt = None,
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of the engine (default: as before).")
     ] = None,
@@ -403,18 +261,11 @@ def verify(
     """
     from zsq_deploy.pipeline.stages import verify_folder
 
+    eval_data = said["verification.eval_data"]
     changes: dict[str, Any] = {
+        **said,
         "verification.eval_data": str(eval_data.resolve()) if eval_data else None,
-        "verification.limit": limit,
-        "verification.resize": resize or None,
-        "verification.gates.min_agreement": min_agreement,
-        "verification.gates.min_float_agreement": min_float_agreement,
-        "verification.gates.max_accuracy_drop": max_accuracy_drop,
-        "verification.gates.min_speedup": min_speedup,
-        "verification.gates.min_within_2_lsb": min_within_2_lsb,
-        "verification.gates.min_integer_macs": min_integer_macs,
-        "verification.gates.min_integer_equal": min_integer_equal,
-        "verification.gates.max_latency_ms": max_latency_ms,
+        "verification.resize": said["verification.resize"] or None,
         "run.threads": threads,
     }
     outcome = verify_folder(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from zsq_deploy.artifact import read_json
 from zsq_deploy.backends import get_backend, get_target
-from zsq_deploy.cli.options import recipe_from
+from zsq_deploy.cli.words import recipe_from
 from zsq_deploy.errors import ModelError, UsageError
 from zsq_deploy.model import Graph
 

@@ -1,18 +1,11 @@
-"""Options that several commands share, said once. The words are those of a recipe."""
+"""The options of the commands as annotated types, each said once. The words are those of a recipe."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from zsq_deploy.errors import UsageError
-from zsq_deploy.recipe import Recipe, parse_shape
-
-__all__ = ["recipe_from"]
 
 _NETWORK, _IMAGES, _QUANTIZE, _VERIFY, _RUN = (
     "The network",
@@ -164,6 +157,122 @@ TargetOpt = Annotated[
         rich_help_panel=_QUANTIZE,
     ),
 ]
+_VENDOR = "NNCF and POT (OpenVINO targets)"
+QuantizerOpt = Annotated[
+    str,
+    typer.Option(
+        "--quantizer",
+        metavar="NAME",
+        help="Who quantizes for OpenVINO: qdq (our Q/DQ graph), nncf, pot; auto measures qdq and nncf and keeps the better.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+PresetOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="performance (all symmetric) or mixed; POT also accuracy.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+ModelTypeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--model-type",
+        metavar="transformer",
+        help="Quantize attention and normalization with care.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+FastBiasOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--fast-bias/--full-bias",
+        help="The vendor's bias correction: one pass, or layer by layer.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+SubsetOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--subset-size",
+        metavar="N",
+        help="Images that the vendor's statistics come from (default: all).",
+        rich_help_panel=_VENDOR,
+    ),
+]
+IgnoreNameOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-name",
+        metavar="NODE",
+        help="A node that the vendor leaves in float (repeatable).",
+        rich_help_panel=_VENDOR,
+    ),
+]
+IgnoreTypeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-type",
+        metavar="TYPE",
+        help="A type of operators left in float, as OpenVINO calls it (repeatable).",
+        rich_help_panel=_VENDOR,
+    ),
+]
+IgnorePatternOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-pattern",
+        metavar="REGEX",
+        help="Nodes left in float, by regular expression; NNCF only (repeatable).",
+        rich_help_panel=_VENDOR,
+    ),
+]
+AccuracyControlOpt = Annotated[
+    bool,
+    typer.Option(
+        "--accuracy-control",
+        help="Return layers to float until a metric is kept: agreement with float on synthetic images, or accuracy on --validation-data.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+MaxLossOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="SHARE",
+        help="Largest drop that accuracy control allows; 0.01 is one point.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+ValidationOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--validation-data",
+        metavar="FILE|DIR",
+        help="Labelled images that accuracy control may look at; never taken from --eval-data.",
+        rich_help_panel=_VENDOR,
+    ),
+]
+PotConfigOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--pot-config",
+        metavar="FILE.json",
+        help="A POT configuration to run as it is (--quantizer pot).",
+        rich_help_panel=_VENDOR,
+    ),
+]
+CompressOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--compress-weights",
+        metavar="NAME",
+        help="OpenVINO: compress weights of products that stay in float: int8_sym, int8_asym, int4_sym, int4_asym.",
+        rich_help_panel=_VENDOR,
+    ),
+]
 EvalOpt = Annotated[
     Path | None,
     typer.Option(
@@ -282,78 +391,3 @@ JsonOpt = Annotated[
     bool, typer.Option("--json", help="Print JSON for machines on standard output.", rich_help_panel=_RUN)
 ]
 QuietOpt = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.", rich_help_panel=_RUN)]
-
-
-def parameters(pairs: list[str] | None) -> dict[str, Any]:
-    """``["steps=200"]`` as ``{"steps": 200}``; values are read as YAML.
-
-    Raises:
-        UsageError: A pair without ``=``.
-    """
-    import yaml
-
-    found: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(
-                f"{pair!r} is no NAME=VALUE", where="--param", remedy="write for example --param steps=200"
-            )
-        try:
-            found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(
-                f"the value of {pair!r} cannot be read",
-                where="--param",
-                remedy="write a number, a word, true or false, or a list like [1, 2]; quote what holds special characters",
-            ) from error
-    return found
-
-
-def recipe_from(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from what the command line said; ``None`` values are left to the recipe's defaults.
-
-    Args:
-        values: By dotted names: ``{"model.source": "net.onnx", "calibration.images": 256}``.
-    """
-    nested: dict[str, Any] = {}
-    for dotted, value in values.items():
-        if value is None:
-            continue
-        *sections, key = dotted.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = str(value) if isinstance(value, Path) else value
-    shape = nested.get("model", {}).get("input_shape")
-    if isinstance(shape, str):
-        try:
-            nested["model"]["input_shape"] = parse_shape(shape)
-        except ValueError as error:
-            raise UsageError(str(error), where="--input-shape", remedy="write it like 1x3x224x224") from error
-    try:
-        return Recipe.of(nested, where="the command line").resolved()
-    except UsageError as error:
-        raise UsageError(
-            _as_options(error.what), where=error.where, remedy=_as_options(error.remedy or "`zsq deploy --help`")
-        ) from error
-
-
-_OPTION_OF = {"model.source": "MODEL", "calibration.set": "--calibration", "calibration.parameters": "--param"}
-
-
-def _as_options(text: str) -> str:
-    """Words of a recipe as the command line spells them: ``calibration.images`` is ``--images``."""
-
-    def option(match: re.Match[str]) -> str:
-        return _OPTION_OF.get(match[0], "--" + match[0].rpartition(".")[2].replace("_", "-"))
-
-    text = re.sub(
-        r"\b(?:model|calibration|quantization|verification\.gates|verification|run)\.[a-z0-9_]+\b", option, text
-    )
-    text = re.sub(r"^(?:model|recipe): ", "", text).replace("`zsq run --words`", "`zsq deploy --help`")
-    for words in ("mean and std", "raw_pixels"):
-        text = text.replace(
-            words, words.replace("mean", "--mean").replace("std", "--std").replace("raw_pixels", "--raw-pixels")
-        )
-    return text.replace("lists every word", "explains every option")

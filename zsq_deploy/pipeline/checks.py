@@ -15,6 +15,7 @@ from zsq_deploy.calib.parts.recipe import resolve
 from zsq_deploy.errors import UsageError
 from zsq_deploy.model import Model
 from zsq_deploy.pipeline.calibration import OWN_CALIBRATORS, RANGE_METHODS
+from zsq_deploy.pipeline.engines import settings_of
 from zsq_deploy.recipe import Recipe
 
 __all__ = ["check_device", "check_method", "check_recipe", "nearest"]
@@ -72,14 +73,48 @@ def check_recipe(recipe: Recipe, model: Model, targets: Sequence[Target], *, ver
             where="quantization.choice",
             remedy=f"{nearest(strangers[0], recipe.targets)}remove it, or add it to targets",
         )
-    for target in targets:
-        backend: Any = get_backend(target)
-        backend.BuildOptions(bits=spec.bits)
+    _check_quantizers(recipe, targets)
     if verified and recipe.calibration.holdout < 1:
         raise UsageError(
             "no image is held out, and verification needs some that nothing was calibrated on",
             where="calibration.holdout",
             remedy="hold out 1 or more (default: 64)",
+        )
+
+
+def _check_quantizers(recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Refuse what the runtime of a target does not do, and what no target reads."""
+    spec = recipe.quantization
+    known: set[str] = set()
+    for target in targets:
+        backend = get_backend(target)
+        known.update(backend.QUANTIZERS)
+        backend.options_from(settings_of(recipe), target)
+        if spec.ranges in OWN_CALIBRATORS and spec.ranges not in backend.CALIBRATORS:
+            raise UsageError(
+                f"{spec.ranges} is a calibrator of ONNX Runtime, and target {target.name!r} runs in {target.runtime}",
+                where="--ranges",
+                remedy=f"choose one of {', '.join(RANGE_METHODS)}; NNCF's and POT's own statistics come with --quantizer nncf or pot",
+            )
+    unread = sorted(set(spec.vendor) - known)
+    if unread:
+        raise UsageError(
+            f"{unread[0].upper()} is told something, and it quantizes for none of these targets: {', '.join(recipe.targets)}",
+            where=f"quantization.{unread[0]}",
+            remedy="add an OpenVINO target (openvino-cpu), or leave those options out",
+        )
+    imageless = not recipe.calibration.set and not METHODS[recipe.calibration.method].images
+    if spec.quantizer in ("nncf", "pot") and imageless:
+        raise UsageError(
+            f"{spec.quantizer.upper()} reads images, and the method {recipe.calibration.method!r} makes none",
+            where="--quantizer",
+            remedy="choose --quantizer qdq, or a synthesis method that makes images (fractal needs nothing of the network)",
+        )
+    if spec.accuracy_control and spec.validation_data is None and recipe.calibration.holdout < 2:
+        raise UsageError(
+            "accuracy control needs images that nothing was calibrated on, and so does verification",
+            where="calibration.holdout",
+            remedy="hold out 2 or more (default: 64), or give labelled images with --validation-data",
         )
 
 

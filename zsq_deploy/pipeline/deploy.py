@@ -16,7 +16,7 @@ from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
 from zsq_deploy.pipeline.checks import check_recipe
-from zsq_deploy.pipeline.engines import Built, EngineSettings, build_engine
+from zsq_deploy.pipeline.engines import Built, build_engine, settings_of
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.recipe import Recipe
@@ -38,7 +38,6 @@ __all__ = [
     "model_section",
     "owned",
     "pinned",
-    "settings_of",
     "write_report",
 ]
 
@@ -83,20 +82,6 @@ def load_recipe_model(recipe: Recipe) -> Model:
             std=tuple(spec.std) if spec.std else None,
             raw_pixels=spec.raw_pixels,
         ),
-    )
-
-
-def settings_of(recipe: Recipe) -> EngineSettings:
-    """The engine settings of a recipe."""
-    spec = recipe.quantization
-    return EngineSettings(
-        bits=spec.bits,
-        bias_correction=spec.bias_correction,
-        exact_scales=spec.exact_scales,
-        search=spec.search,
-        op_types=tuple(spec.op_types) if spec.op_types else None,
-        exclude=tuple(spec.exclude or ()),
-        choice=dict(spec.choice),
     )
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zsq_deploy.backends import Engine, Target, get_backend
+from zsq_deploy.backends import BuildSettings, Engine, Target, ValidationData, get_backend
 from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model import Graph, Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import correct_bias
+from zsq_deploy.recipe import Recipe
 from zsq_deploy.verify.parity import sqnr_db
 
-__all__ = ["Built", "EngineSettings", "build_engine"]
+__all__ = ["Built", "EngineSettings", "build_engine", "settings_of"]
 
 BIAS_IMAGES = 64
 """Images for bias correction; the mean error of a channel over 64 images is known far better than one step of its bias."""
@@ -33,30 +34,36 @@ TOLERANCE_DB = 0.2
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """What a recipe can say about an engine.
+class EngineSettings(BuildSettings):
+    """What a recipe can say about an engine; the words of :class:`~zsq_deploy.backends.BuildSettings`, and how it is searched for.
 
     Attributes:
-        bits: ``w8a8``.
-        bias_correction: Shift every bias by the mean error that quantization causes, layer by layer.
-        exact_scales: Scales on which engine and reference agree exactly (:mod:`zsq_deploy.quant.exact_scales`).
+        bias_correction: Shift every bias by the mean error that quantization causes, layer by layer. An engine whose quantizer has
+            done that already is left alone.
         search: Measure candidates for what to quantize and take the best; ``False``: the default placement.
-        op_types: Operator types to quantize; ``None``: the target's choice.
-        exclude: Nodes that stay in float.
-        quantize_outputs: Quantize the network's outputs too.
-        weight_method: ``minmax`` or ``mse``.
         choice: Target name -> what an earlier search chose for it; nothing is measured then.
     """
 
-    bits: str = "w8a8"
     bias_correction: bool = True
-    exact_scales: bool = True
     search: bool = True
-    op_types: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] = ()
-    quantize_outputs: bool = False
-    weight_method: str = "minmax"
     choice: Mapping[str, str] = field(default_factory=dict)
+
+
+def settings_of(recipe: Recipe) -> EngineSettings:
+    """The engine settings of a recipe."""
+    spec = recipe.quantization
+    return EngineSettings(
+        bits=spec.bits,
+        quantizer=spec.quantizer,
+        op_types=tuple(spec.op_types) if spec.op_types else None,
+        exclude=tuple(spec.exclude or ()),
+        exact_scales=spec.exact_scales,
+        compress_weights=spec.compress_weights,
+        vendor=spec.vendor,
+        bias_correction=spec.bias_correction,
+        search=spec.search,
+        choice=dict(spec.choice),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,25 @@ def build_engine(
     *,
     threads: int = 1,
     seed: int = 0,
+    validation: ValidationData | None = None,
     progress: Progress = SILENT,
 ) -> Built:
     """Quantize a network for one target into `folder`.
 
     The placement is chosen first (by measurement, if `settings.search`), then biases are corrected on the engine's own Q/DQ graph,
     and the engine is built once more with the corrected biases.
+
+    Args:
+        model: The network.
+        images: Calibration images, and those held out.
+        measured: Activation ranges.
+        target: The target.
+        folder: Where the engine goes.
+        settings: What the user asked for.
+        threads: Threads of the engines that are measured.
+        seed: Source of what is random in bias correction.
+        validation: What accuracy control looks at, where a quantizer was asked for it.
+        progress: Where to report.
     """
     settings = settings or EngineSettings()
     started = time.monotonic()
@@ -96,14 +116,10 @@ def build_engine(
             where="--ranges",
             remedy="choose another range method, or a synthesis method that makes images",
         )
-    options = backend.BuildOptions(
-        bits=settings.bits,
-        op_types=settings.op_types,
-        exclude=settings.exclude,
-        quantize_outputs=settings.quantize_outputs,
-        weight_method=settings.weight_method,
-        exact_scales=settings.exact_scales,
-    )
+    options = backend.options_from(settings, target)
+    shown: dict[str, Any] = {"calibration": images.calibration}
+    if validation is not None and len(backend.QUANTIZERS) > 1:
+        shown["validation"] = validation
     candidates: list[dict[str, Any]] = []
     notes: list[str] = []
     looked_at = images.calibration if images.calibration is not None else images.holdout
@@ -118,9 +134,9 @@ def build_engine(
             trial,
             images=list(looked_at.take(0, min(32, len(looked_at))).batches(8 if model.dynamic_batch else 1)),
             options=options,
-            calibration=images.calibration,
             threads=threads,
             progress=progress,
+            **shown,
         )
         options, engine = choice.chosen.options, choice.engine
         candidates = [_candidate(item, item is choice.chosen) for item in choice.measured]
@@ -130,10 +146,10 @@ def build_engine(
             candidates.append({**row, "reason": f"--exclude {' --exclude '.join(left)}: {len(left)} layers in float"})
         notes.extend(choice.notes)
     else:
-        engine = backend.build(
-            model, measured.ranges, target, trial, options=options, calibration=images.calibration, progress=progress
-        )
-    if settings.bias_correction:
+        engine = backend.build(model, measured.ranges, target, trial, options=options, progress=progress, **shown)
+    if settings.bias_correction and engine.choices.get("corrects_biases"):
+        engine = _moved(engine, folder)
+    elif settings.bias_correction:
         batch = looked_at.take(0, min(BIAS_IMAGES, len(looked_at)))
         corrected: Mapping[str, np.ndarray[Any, Any]] = correct_bias(
             model.folded(),
@@ -148,8 +164,8 @@ def build_engine(
             target,
             folder,
             options=options.with_(biases=dict(corrected)),
-            calibration=images.calibration,
             progress=progress,
+            **shown,
         )
         # Judged on the images at the other end of the set: a correction that does not help has to go.
         judge = looked_at.take(max(0, len(looked_at) - JUDGE_IMAGES)).batches(8 if model.dynamic_batch else 1)
@@ -160,7 +176,7 @@ def build_engine(
                 "name": "with corrected biases",
                 "chosen": kept,
                 "sqnr_db": after,
-                "bytes": corrected_engine.path.stat().st_size,
+                "bytes": corrected_engine.bytes,
                 "reason": f"{after:.1f} dB against {before:.1f} dB without, on synthetic images",
             }
         )
@@ -175,11 +191,31 @@ def build_engine(
                 target,
                 folder,
                 options=options,
-                calibration=images.calibration,
                 progress=progress,
+                **shown,
             )
         shutil.rmtree(trial, ignore_errors=True)
     return Built(engine, candidates, time.monotonic() - started, tuple(notes))
+
+
+def _moved(engine: Engine, folder: Path) -> Engine:
+    """The engine with all its files in `folder` instead of the folder below it where it was tried."""
+    home = engine.path.parent
+    for file in sorted(home.iterdir()):
+        file.replace(folder / file.name)
+    home.rmdir()
+
+    def place(path: Path | None) -> Path | None:
+        return None if path is None else folder / path.name
+
+    return replace(
+        engine,
+        path=folder / engine.path.name,
+        qdq_path=folder / engine.qdq_path.name,
+        float_path=folder / engine.float_path.name,
+        weights_path=place(engine.weights_path),
+        vendor_path=place(engine.vendor_path),
+    )
 
 
 def _compare(

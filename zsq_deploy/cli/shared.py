@@ -1,0 +1,135 @@
+"""Groups of options that several commands share, with the words of the recipe that they set."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from zsq_deploy.cli import options as o
+
+__all__ = ["EVALUATION", "IMAGES", "MODEL", "QUANTIZATION", "RUN", "SEED", "Shared", "with_options"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One option that several commands have, and the word of the recipe that it sets.
+
+    Attributes:
+        name: Name of the parameter.
+        kind: One of the annotated types above.
+        default: Its default.
+        word: Dotted word of the recipe.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    word: str
+
+
+def _shared(section: str, **options: tuple[Any, Any] | tuple[Any, Any, str]) -> tuple[Shared, ...]:
+    """Options of one section; the word is the name of the option, unless a third value says it."""
+    found = []
+    for name, (kind, default, *word) in options.items():
+        found.append(Shared(name, kind, default, f"{section}.{word[0] if word else name}"))
+    return tuple(found)
+
+
+_REQUIRED = inspect.Parameter.empty
+
+MODEL = _shared(
+    "model",
+    model=(o.ModelArg, _REQUIRED, "source"),
+    path=(o.PathOpt, None),
+    weights=(o.WeightsOpt, None),
+    input_shape=(o.ShapeOpt, None),
+    mean=(o.MeanOpt, None),
+    std=(o.StdOpt, None),
+    raw_pixels=(o.RawOpt, False),
+)
+"""The network."""
+
+IMAGES = _shared(
+    "calibration",
+    method=(o.MethodOpt, "zeroq"),
+    images=(o.ImagesOpt, 256),
+    param=(o.ParamOpt, None, "parameters"),
+    device=(o.DeviceOpt, None),
+)
+"""How calibration images are made."""
+
+QUANTIZATION = (
+    *_shared("calibration", calibration=(o.SetOpt, None, "set")),
+    *_shared(
+        "quantization",
+        bits=(o.BitsOpt, "w8a8"),
+        ranges=(o.RangesOpt, "auto"),
+        bias_correction=(o.BiasOpt, True),
+        exact_scales=(o.ExactOpt, True),
+        search=(o.SearchOpt, True),
+        exclude=(o.ExcludeOpt, None),
+        compress_weights=(o.CompressOpt, None),
+        quantizer=(o.QuantizerOpt, "auto"),
+        preset=(o.PresetOpt, None, "vendor.preset"),
+        model_type=(o.ModelTypeOpt, None, "vendor.model_type"),
+        fast_bias=(o.FastBiasOpt, None, "vendor.fast_bias"),
+        subset_size=(o.SubsetOpt, None, "vendor.subset_size"),
+        ignore_name=(o.IgnoreNameOpt, None, "vendor.ignore_name"),
+        ignore_type=(o.IgnoreTypeOpt, None, "vendor.ignore_type"),
+        ignore_pattern=(o.IgnorePatternOpt, None, "vendor.ignore_pattern"),
+        accuracy_control=(o.AccuracyControlOpt, False, "vendor.accuracy_control"),
+        max_drop=(o.MaxLossOpt, None, "vendor.max_drop"),
+        pot_config=(o.PotConfigOpt, None, "vendor.pot_config"),
+        validation_data=(o.ValidationOpt, None),
+    ),
+    Shared("target", o.TargetOpt, ["ort-x86-vnni"], "targets"),
+)
+"""What is built, and how. Words of `vendor` go to the section of the chosen quantizer, see :func:`zsq_deploy.cli.words.vendor_words`."""
+
+EVALUATION = (
+    *_shared("verification", eval_data=(o.EvalOpt, None), limit=(o.LimitOpt, None), resize=(o.ResizeOpt, False)),
+    *_shared(
+        "verification.gates",
+        min_agreement=(o.MinAgreementOpt, None),
+        min_float_agreement=(o.MinFloatAgreementOpt, None),
+        max_accuracy_drop=(o.MaxDropOpt, None),
+        min_speedup=(o.MinSpeedupOpt, None),
+        min_within_2_lsb=(o.MinLsbOpt, None),
+        min_integer_macs=(o.MinMacsOpt, None),
+        min_integer_equal=(o.MinEqualOpt, None),
+        max_latency_ms=(o.MaxLatencyOpt, None),
+    ),
+)
+"""What an engine is judged on."""
+
+RUN = (SEED, THREADS) = _shared("run", seed=(o.SeedOpt, 0), threads=(o.ThreadsOpt, 1))
+"""The run."""
+
+
+def with_options(*options: Shared) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command shared options; it gets what they say as its first argument, `said`: dotted word of the recipe -> value.
+
+    Typer reads a command's options from its signature, so the decorated function has one with the shared options in front.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        added = [
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=item.kind)
+            for item in options
+        ]
+
+        @functools.wraps(command)
+        def call(**given: Any) -> int:
+            said = {item.word: given.pop(item.name) for item in options}
+            return command(said, **given)
+
+        parameters = [*added, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own)]
+        call.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        return call
+
+    return decorate
