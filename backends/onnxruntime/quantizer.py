@@ -33,7 +33,8 @@ from zsq_deploy.backends.onnxruntime.prepare import Prepared, prepare, replace_i
 from zsq_deploy.backends.onnxruntime.targets import weight_limit
 from zsq_deploy.backends.onnxruntime.tidy import tidy
 from zsq_deploy.backends.onnxruntime.widen import widen
-from zsq_deploy.errors import CalibrationError, EngineError, StaleArtifactError, UsageError
+from zsq_deploy.backends.provenance import check_exclusions, check_provenance
+from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.exact_scales import exact_scales
@@ -76,14 +77,8 @@ def build(
     options = options or BuildOptions()
     folder = Path(folder)
     folded: Graph = model.folded().graph
-    _check_digests(model, folded, ranges, calibration)
-    unknown = [name for name in options.exclude if name not in folded]
-    if unknown:
-        raise UsageError(
-            f"nodes to exclude are not in the network: {', '.join(unknown[:5])}",
-            where="exclude",
-            remedy="take the names from `zsq inspect`",
-        )
+    check_provenance(model, folded, ranges, calibration)
+    check_exclusions(folded, options.exclude)
     with progress.task(f"quantize for {target.name}", 4) as task:
         float_path = folder / "float.onnx"
         _save(folded.proto, float_path)
@@ -169,34 +164,6 @@ def _own_calibrators(model: Any, method: str, folded: Graph, calibration: Any, p
             remedy="synthesize one first (`zsq synth`)",
         )
     return calibrate(folded, calibration, method, progress=progress, model_digest=model.digest)
-
-
-def _check_digests(model: Any, folded: Graph, ranges: Any, calibration: Any) -> None:
-    known = {model.digest, folded.digest}
-    stated = "" if isinstance(ranges, str) else str(getattr(ranges, "model_digest", "") or "")
-    if stated and stated not in known:
-        raise StaleArtifactError(
-            "these ranges were measured on another network",
-            where=f"ranges of model {stated[:12]}..., network {model.name} is {model.digest[:12]}...",
-            remedy="collect the ranges again for this network",
-        )
-    if calibration is None:
-        return
-    manifest = getattr(calibration, "manifest", None)
-    made_for = str(getattr(manifest, "model_digest", "") or "")
-    if made_for and made_for not in known:
-        raise StaleArtifactError(
-            "this calibration set was synthesized from another network",
-            where=f"set of model {made_for[:12]}..., network {model.name} is {model.digest[:12]}...",
-            remedy="synthesize a set from this network (`zsq synth`)",
-        )
-    used = "" if isinstance(ranges, str) else str(getattr(ranges, "set_digest", "") or "")
-    if used and used != calibration.digest:
-        raise StaleArtifactError(
-            "the ranges were measured on another calibration set than the one given",
-            where=f"ranges of set {used[:12]}..., given {calibration.digest[:12]}...",
-            remedy="collect the ranges again on this set",
-        )
 
 
 def _save(proto: onnx.ModelProto, path: Path) -> None:
