@@ -131,6 +131,7 @@ def build(
             "ranges_digest": str(getattr(ranges, "digest", "") or ""),
             "set_digest": str(getattr(calibration, "digest", "") or ""),
             "engine_from": "the vendor's IR as it is" if keeps else "the Q/DQ graph",
+            "corrects_biases": design.corrects_biases,
             "decided": dict(design.record),
             **record,
         }
