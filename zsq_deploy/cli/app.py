@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,11 +11,12 @@ import typer
 from rich.console import Console
 
 from zsq_deploy import __version__
+from zsq_deploy.cli import environments, pot_config
 from zsq_deploy.cli import options as o
+from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.cli.shared import EVALUATION, IMAGES, MODEL, QUANTIZATION, RUN, SEED, with_options
 from zsq_deploy.cli.words import recipe_from
 from zsq_deploy.errors import UsageError
-from zsq_deploy.progress import Progress, default_progress
 
 __all__ = ["app", "run"]
 
@@ -30,6 +30,10 @@ app = typer.Typer(
     "Start with `zsq demo`, or with your own network: `zsq deploy net.onnx --mean .485,.456,.406 --std .229,.224,.225 -o out`.",
 )
 
+
+app.add_typer(environments.app, name="env", short_help="Environments of their own, for POT.")
+app.add_typer(pot_config.importing, name="import", short_help="Turn another tool's configuration into a recipe.")
+app.add_typer(pot_config.exporting, name="export", short_help="Write a recipe as another tool's configuration.")
 
 _INTERRUPTED = 130
 
@@ -55,19 +59,11 @@ def run(arguments: list[str] | None = None) -> int:
     return int(result) if isinstance(result, int) else 0
 
 
-def _progress(quiet: bool, as_json: bool) -> Progress:
-    return default_progress(quiet=quiet or (as_json and not sys.stderr.isatty()))
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _show(outcome: Any, as_json: bool) -> None:
     from zsq_deploy.report.text import print_summary
 
     if as_json:
-        _print_json(outcome.report.model_dump(mode="json", by_alias=True))
+        print_json(outcome.report.model_dump(mode="json", by_alias=True))
     else:
         print_summary(outcome.report, Console())
         Console().print(f"\nreport: {outcome.folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -113,7 +109,7 @@ def deploy(
 
     recipe = recipe_from(said)
     outcome = job(
-        recipe, output, force=force, resume=resume, command=shlex.join(sys.argv), progress=_progress(quiet, as_json)
+        recipe, output, force=force, resume=resume, command=shlex.join(sys.argv), progress=progress_for(quiet, as_json)
     )
     _show(outcome, as_json)
     return outcome.exit_code
@@ -162,7 +158,7 @@ def run_recipe(
     if folder is None:
         raise UsageError("no output folder", where="-o/--output", remedy="give -o, or run.output in the recipe")
     outcome = job(
-        loaded, folder, force=force, resume=resume, command=shlex.join(sys.argv), progress=_progress(quiet, as_json)
+        loaded, folder, force=force, resume=resume, command=shlex.join(sys.argv), progress=progress_for(quiet, as_json)
     )
     _show(outcome, as_json)
     return outcome.exit_code
@@ -196,10 +192,12 @@ def synth(
     from zsq_deploy.pipeline.stages import synthesize_set
 
     recipe = recipe_from(said)
-    made = synthesize_set(recipe, output, export=export, force=force, resume=resume, progress=_progress(quiet, as_json))
+    made = synthesize_set(
+        recipe, output, export=export, force=force, resume=resume, progress=progress_for(quiet, as_json)
+    )
     manifest = made.manifest
     if as_json:
-        _print_json(manifest.model_dump(mode="json"))
+        print_json(manifest.model_dump(mode="json"))
     else:
         sys.stdout.write(f"{len(made)} {manifest.method} images in {manifest.seconds:.1f} s: {output}\n")
         for note in manifest.notes:
@@ -226,9 +224,9 @@ def quantize(
     from zsq_deploy.pipeline.stages import quantize_only
 
     recipe = recipe_from(said)
-    built = quantize_only(recipe, output, force=force, resume=resume, progress=_progress(quiet, as_json))
+    built = quantize_only(recipe, output, force=force, resume=resume, progress=progress_for(quiet, as_json))
     if as_json:
-        _print_json({name: {"path": str(engine.path), "bytes": engine.bytes} for name, engine in built.items()})
+        print_json({name: {"path": str(engine.path), "bytes": engine.bytes} for name, engine in built.items()})
     else:
         for name, engine in built.items():
             sys.stdout.write(f"{name}: {engine.path} ({engine.bytes:,} bytes)\n")
@@ -273,7 +271,7 @@ def verify(
         targets=target,
         changes={name: value for name, value in changes.items() if value is not None},
         command=shlex.join(sys.argv),
-        progress=_progress(quiet, as_json),
+        progress=progress_for(quiet, as_json),
     )
     _show(outcome, as_json)
     return outcome.exit_code
@@ -295,9 +293,9 @@ def bench(
     """Latency of finished engines beside fp32 and the best float mode, in fresh processes, in turn."""
     from zsq_deploy.pipeline.stages import bench_folder
 
-    found = bench_folder(folder, targets=target, threads=threads, rounds=rounds, progress=_progress(quiet, as_json))
+    found = bench_folder(folder, targets=target, threads=threads, rounds=rounds, progress=progress_for(quiet, as_json))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return 0
     from rich.table import Table
 
@@ -330,7 +328,7 @@ def report(
     page = file.with_name("report.html")
     write_html(loaded, page)
     if as_json:
-        _print_json(loaded.model_dump(mode="json", by_alias=True))
+        print_json(loaded.model_dump(mode="json", by_alias=True))
     else:
         print_summary(loaded, Console())
         Console().print(f"\nreport: {page}", highlight=False, soft_wrap=True)
@@ -361,7 +359,7 @@ def inspect(
 
     found = describe_thing(thing, path=path, weights=weights, input_shape=input_shape, nodes=nodes)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print_description(found, Console())
     return 0
@@ -386,7 +384,7 @@ def lint(
 
     findings = lint_file(file, target)
     if as_json:
-        _print_json(findings)
+        print_json(findings)
     elif not findings:
         sys.stdout.write(f"{file}: nothing to complain about for {target}\n")
     else:
@@ -402,7 +400,7 @@ def doctor(as_json: o.JsonOpt = False) -> int:
 
     found = examine()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print_examination(found, Console())
     return 0
@@ -432,7 +430,7 @@ def demo(
         threads=threads,
         force=force,
         command=shlex.join(sys.argv),
-        progress=_progress(quiet, as_json),
+        progress=progress_for(quiet, as_json),
     )
     _show(outcome, as_json)
     return outcome.exit_code
