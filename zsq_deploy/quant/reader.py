@@ -33,7 +33,7 @@ class QuantizedTensor:
         output: The float tensor with the rounded numbers: output of DequantizeLinear; empty if nobody dequantizes it.
         scale: ``()``, ``[C]``, or one value a block.
         zero_point: int64, shape of the scale.
-        dtype: ``uint8``, ``int8``, ``int32``, ``int4``, ...
+        dtype: ``uint8``, ``int8``, ``int32``, ``int4``, ...; of stored integers, also where a Cast widens them.
         axis: Channel axis or blocked axis; ``None`` per tensor.
         block: Block length; 0 without blocks.
         is_weight: The numbers are constants of the graph (weights, biases, constant operands).
@@ -142,6 +142,15 @@ def _parameters(graph: Graph, node: onnx.NodeProto) -> tuple[Array, Array, str, 
     return scale.astype(np.float32), offset, kind, axis, block
 
 
+def _stored(graph: Graph, value: str) -> str:
+    """The initializer whose integers a Cast widens in front of DequantizeLinear (4-bit storage), or the value itself."""
+    maker = graph.producer(value)
+    if maker is None or maker.op_type != "Cast":
+        return value
+    source = graph.constant(maker.input[0])
+    return str(maker.input[0]) if source is not None and "int" in source.dtype.name else value
+
+
 def _stem(name: str) -> str:
     return name.removesuffix("_quantized")
 
@@ -163,7 +172,8 @@ def read_qdq(graph: Graph) -> list[QuantizedTensor]:
             if maker is not None and is_quantize(maker):
                 continue
             readers = [n for n in graph.consumers(node.input[0]) if is_dequantize(n) and n.input[1:] == node.input[1:]]
-            name, quantize, codes = _stem(node.input[0]), None, node.input[0]
+            stored = _stored(graph, node.input[0])
+            name, quantize, codes = _stem(stored), None, stored
         else:
             continue
         parameters = _parameters(graph, node)
@@ -171,6 +181,10 @@ def read_qdq(graph: Graph) -> list[QuantizedTensor]:
         if parameters is None:
             continue
         scale, zero, kind, axis, block = parameters
+        if quantize is None and codes != node.input[0]:
+            narrow = graph.constant(codes)
+            assert narrow is not None
+            kind = narrow.dtype.name  # what is stored, not what it is widened to
         found.append(
             QuantizedTensor(
                 name=name,
