@@ -30,7 +30,7 @@ import numpy.typing as npt
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.quant.scheme import Granularity, Scheme
 
-__all__ = ["ExactScales", "exact_scales", "exactly_representable", "snap_scale"]
+__all__ = ["ExactScales", "Groups", "exact_scales", "exactly_representable", "snap_scale"]
 
 ACTIVATION_SIGNIFICANDS = (4, 5, 6, 7)
 WEIGHT_SIGNIFICANDS = (tuple(range(8, 16)), tuple(range(4, 8)))
@@ -88,7 +88,7 @@ def exactly_representable(value: float, bits: int = 24) -> bool:
     return float(significand * 2**bits).is_integer()
 
 
-class _Groups:
+class Groups:
     """Union-find over value names."""
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ def exact_scales(
     }
     bound = set(ranges) - fused_away
 
-    groups = _Groups()
+    groups = Groups()
     for node in graph:
         if node.name not in chosen:
             continue
