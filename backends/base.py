@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from zsq_deploy.quant.scheme import Scheme
 
-__all__ = ["BuildSettings", "Engine", "KernelRecord", "Runner", "Target", "ValidationData"]
+__all__ = ["BuildSettings", "Engine", "Finding", "KernelRecord", "Runner", "Target", "ValidationData"]
 
 Array = npt.NDArray[Any]
 
@@ -142,6 +142,25 @@ class KernelRecord:
     sources: tuple[str, ...] = ()
     macs: int = 0
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken rule of a target.
+
+    Attributes:
+        node: The node it is about; empty for the whole file.
+        rule: Short name of the rule.
+        message: What is wrong.
+        remedy: What to do.
+        severity: ``error`` where the result would be wrong or refused, ``warning`` where it would be float or slow.
+    """
+
+    node: str
+    rule: str
+    message: str
+    remedy: str
+    severity: str = "warning"
 
 
 class Runner(Protocol):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from zsq_deploy.backends.base import Target
+from zsq_deploy.backends.base import Finding, Target
 from zsq_deploy.backends.onnxruntime.options import MAC_OPS
 from zsq_deploy.backends.onnxruntime.targets import weight_limit
 from zsq_deploy.backends.onnxruntime.tidy import IR_OF_OPSET
@@ -53,25 +53,6 @@ INTEGER_FORMS = frozenset(
     )
 )
 """Operators that ONNX Runtime's CPU provider can compute on 8-bit integers."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One broken rule.
-
-    Attributes:
-        node: The node it is about; empty for the whole file.
-        rule: Short name of the rule.
-        message: What is wrong.
-        remedy: What to do.
-        severity: ``error`` where the result would be wrong or refused, ``warning`` where it would be float or slow.
-    """
-
-    node: str
-    rule: str
-    message: str
-    remedy: str
-    severity: str = "warning"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,30 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from zsq_deploy.backends.openvino.choose import Choice, candidates, choose
+from zsq_deploy.backends.openvino.lint import Finding, lint
 from zsq_deploy.backends.openvino.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
+from zsq_deploy.backends.openvino.quantizer import build
+from zsq_deploy.backends.openvino.runner import float_modes, missing_features, runner
+from zsq_deploy.backends.openvino.summary import summarize
 
-__all__ = ["CALIBRATORS", "QUANTIZERS", "BuildOptions", "integer_reference", "options_from"]
+__all__ = [
+    "CALIBRATORS",
+    "QUANTIZERS",
+    "BuildOptions",
+    "Choice",
+    "Finding",
+    "build",
+    "candidates",
+    "choose",
+    "float_modes",
+    "integer_reference",
+    "lint",
+    "missing_features",
+    "options_from",
+    "runner",
+    "summarize",
+]
 
 
 def integer_reference(engine: Any, *, threads: int = 1) -> Any:

@@ -1,0 +1,167 @@
+"""Rules that a Q/DQ graph must keep for OpenVINO to run it in int8 kernels and to compute what it says.
+
+Each rule is one function that yields findings; a finding names the node, the rule, what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from zsq_deploy.backends.base import Finding, Target
+from zsq_deploy.model.graph import Graph
+from zsq_deploy.quant.reader import QuantizedTensor, is_dequantize, is_quantize, read_qdq
+
+__all__ = ["RULES", "Finding", "lint"]
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_MOVES = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "MaxPool", "Squeeze", "Unsqueeze")
+_NEWEST = 21
+
+Rule = Callable[[Graph, Target], Iterator[Finding]]
+
+
+def _file_stamps(graph: Graph, _target: Target) -> Iterator[Finding]:
+    if graph.opset > _NEWEST:
+        yield Finding(
+            "",
+            "opset",
+            f"operator set {graph.opset} is newer than what this project checks with OpenVINO ({_NEWEST})",
+            f"export with operator set 13 to {_NEWEST}",
+        )
+    if graph.opset < 13:
+        yield Finding(
+            "",
+            "opset",
+            f"operator set {graph.opset} has no quantization per channel",
+            "convert the model to operator set 13 or later",
+            "error",
+        )
+
+
+def _scales(graph: Graph, _target: Target) -> Iterator[Finding]:
+    for node in graph:
+        if not (is_quantize(node) or is_dequantize(node)):
+            continue
+        scale = graph.constant(node.input[1])
+        if scale is None:
+            yield Finding(node.name, "computed-scale", "its scale is computed, not constant", "write constant scales")
+        elif not (np.isfinite(scale).all() and (np.asarray(scale, np.float64) > 0).all()):
+            yield Finding(
+                node.name,
+                "bad-scale",
+                "its scale is zero, negative or not finite",
+                "collect the ranges again; look for NaN and for channels that were never excited",
+                "error",
+            )
+
+
+def _activations(graph: Graph, target: Target) -> Iterator[Finding]:
+    wanted = "int8" if target.activation.signed else "uint8"
+    for tensor in read_qdq(graph):
+        if tensor.is_weight or tensor.quantize is None:
+            continue
+        if tensor.scale.size > 1:
+            yield Finding(
+                tensor.quantize,
+                "activation-granularity",
+                f"{tensor.name!r} has a scale for each channel: the layers behind it run in float",
+                "use one scale for the tensor (NNCF: activations_quantization_params with per_channel=False)",
+            )
+        elif "16" in tensor.dtype:
+            yield Finding(
+                tensor.quantize,
+                "16-bit-activation",
+                f"{tensor.name!r} has 16 bits: the layers behind it run in float",
+                "use 8-bit activations on this target",
+            )
+        elif tensor.dtype != wanted and tensor.dtype in ("int8", "uint8"):
+            yield Finding(
+                tensor.quantize,
+                "activation-type",
+                f"{tensor.name!r} is {tensor.dtype}; {target.name} wants {wanted}",
+                f"quantize activations to {wanted}",
+            )
+
+
+def _products(graph: Graph, _target: Target) -> Iterator[Finding]:
+    tensors = {tensor.output: tensor for tensor in read_qdq(graph) if tensor.output}
+    for node in graph:
+        if node.op_type not in _PRODUCTS or node.domain not in ("", "ai.onnx"):
+            continue
+        if _behind(graph, node.input[0], tensors) is None:
+            yield Finding(
+                node.name,
+                "input-not-quantized",
+                "its input is not quantized",
+                "put a Q/DQ pair in front of it, or accept float",
+            )
+        weight = _behind(graph, node.input[1], tensors)
+        if weight is None:
+            yield Finding(
+                node.name,
+                "weight-not-quantized",
+                "its weights are not quantized",
+                "quantize the weights, or accept float",
+            )
+        elif weight.is_weight and weight.dtype in ("int8", "int4") and np.asarray(weight.zero_point).any():
+            yield Finding(
+                node.name,
+                "weight-zero-point",
+                "its weights are asymmetric: every product needs a correction, or the layer runs in float",
+                "quantize weights symmetrically",
+            )
+
+
+def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
+    """OpenVINO computes an Add inside the convolution in front of it, without the rounding in between."""
+    tensors = {tensor.output: tensor for tensor in read_qdq(graph) if tensor.output and not tensor.is_weight}
+    for node in graph:
+        if node.op_type != "Add":
+            continue
+        for value in node.input:
+            tensor = tensors.get(value)
+            maker = None if tensor is None else graph.producer(tensor.name)
+            if tensor is None or maker is None or maker.op_type not in ("Conv", "ConvTranspose"):
+                continue
+            if len(graph.consumers(value)) == 1 and len(graph.consumers(tensor.name)) == 1:
+                yield Finding(
+                    node.name,
+                    "rounded-before-sum",
+                    f"{tensor.name!r} is rounded between the convolution and the sum; OpenVINO fuses them and leaves that rounding out, "
+                    "so the engine computes something else than the graph says",
+                    "take the Q/DQ pair between the convolution and the Add away",
+                )
+
+
+def _behind(graph: Graph, value: str, tensors: dict[str, QuantizedTensor]) -> QuantizedTensor | None:
+    """The rounded tensor that a value is, or is moved from."""
+    maker: onnx.NodeProto | None
+    while value not in tensors:
+        maker = graph.producer(value)
+        if maker is None or maker.op_type not in _MOVES or not maker.input:
+            return None
+        value = maker.input[0]
+    return tensors[value]
+
+
+RULES: tuple[Rule, ...] = (_file_stamps, _scales, _activations, _products, _residuals)
+
+
+def lint(graph: Graph | Path | str, target: Target) -> list[Finding]:
+    """Check a Q/DQ graph against the rules of OpenVINO.
+
+    Args:
+        graph: The graph, or the file that holds it.
+        target: One of the ``openvino-...`` targets.
+
+    Returns:
+        All findings, errors first.
+    """
+    if not isinstance(graph, Graph):
+        graph = Graph.load(graph)
+    findings = [finding for rule in RULES for finding in rule(graph, target)]
+    return sorted(findings, key=lambda one: one.severity != "error")
