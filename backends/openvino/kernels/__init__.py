@@ -1,0 +1,1 @@
+"""The arithmetic of OpenVINO's CPU kernels on 8-bit codes, in exact integers and single float32 roundings."""
