@@ -17,10 +17,13 @@ from zsq_deploy.backends.openvino.runtime import core, ov, version
 from zsq_deploy.errors import EngineError
 from zsq_deploy.model.graph import Graph
 
-__all__ = ["IR_VERSIONS", "convert", "first_line", "read", "save", "set_shapes", "weights_of"]
+__all__ = ["BARE", "IR_VERSIONS", "convert", "first_line", "read", "save", "set_shapes", "weights_of"]
 
 IR_VERSIONS = (10, 11)
 """Versions of the IR that OpenVINO 2022 and later read."""
+
+BARE = "/WithoutBiases"
+"""What OpenVINO appends to the name of a convolution or product whose bias became an operator of its own."""
 
 _HEAD = 4096
 _NET = re.compile(rb'<net\s[^>]*?\bversion="(\d+)"')
@@ -117,7 +120,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def convert(graph: Graph | Path | str, *, batch: int | None = None) -> Any:
-    """An ONNX graph as an ``openvino.Model`` with the network's input and output names.
+    """An ONNX graph as an ``openvino.Model``, simplified, with the network's input, output and node names.
 
     Args:
         graph: The graph, or the file that holds it.
@@ -126,20 +129,26 @@ def convert(graph: Graph | Path | str, *, batch: int | None = None) -> Any:
     Raises:
         EngineError: OpenVINO cannot read the graph; the message names the operator.
     """
-    if isinstance(graph, Graph):
-        with tempfile.TemporaryDirectory(prefix="zsq-openvino-") as scratch:
-            path = Path(scratch) / "graph.onnx"
-            path.write_bytes(graph.proto.SerializeToString(deterministic=True))
-            model = read(path).clone()  # the clone holds its constants in memory, not in the file
-    else:
+    if not isinstance(graph, Graph):
         graph = Graph.load(graph)
-        return convert(graph, batch=batch)
+    with tempfile.TemporaryDirectory(prefix="zsq-openvino-") as scratch:
+        path = Path(scratch) / "graph.onnx"
+        path.write_bytes(graph.proto.SerializeToString(deterministic=True))
+        try:
+            model = ov.convert_model(str(path)).clone()  # the clone holds its constants in memory, not in the file
+        except Exception as error:
+            raise EngineError(
+                f"OpenVINO {version()} cannot read this network: {first_line(error)}",
+                where=f"network {graph.proto.graph.name!r}, operator set {graph.opset}",
+                remedy="look for the operator that the message names; `zsq inspect` lists all of them",
+            ) from error
     for port, spec in zip(model.outputs, graph.outputs, strict=True):
         port.get_tensor().set_names({spec.name})
     for port, spec in zip(model.inputs, graph.inputs, strict=True):
         port.get_tensor().set_names({spec.name})
     if batch is not None:
         set_shapes(model, {spec.name: (batch, *(size or 1 for size in spec.shape[1:])) for spec in graph.inputs})
+    _name_by_place(model, graph)
     return model
 
 
@@ -161,11 +170,15 @@ def set_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
         ) from error
 
 
-def _name_by_place(model: Any) -> None:
+def _name_by_place(model: Any, graph: Graph) -> None:
+    """Name operators that the network has no name for after their place: OpenVINO numbers them with a counter of the process."""
+    known = {spec.name for spec in graph.inputs} | set(graph.initializer_names)
+    for node in graph.nodes:
+        known.update((node.name, *node.output))
     for place, node in enumerate(model.get_ordered_ops()):
-        kind = node.get_type_name()
-        if re.fullmatch(rf"{re.escape(kind)}_\d+", node.get_friendly_name()):
-            node.set_friendly_name(f"{kind}_of_place_{place}")
+        name = str(node.get_friendly_name())
+        if not {name, name.removesuffix(BARE), name.removesuffix("/sink_port_0")} & known:
+            node.set_friendly_name(f"{node.get_type_name()}_of_place_{place}")
 
 
 def save(model: Any, path: Path) -> None:
@@ -174,7 +187,6 @@ def save(model: Any, path: Path) -> None:
     The weights are put in place first and the ``.xml``, which every reader opens, last.
     """
     path = Path(path)
-    _name_by_place(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
         made = Path(scratch) / path.name

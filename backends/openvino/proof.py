@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from zsq_deploy.backends.base import KernelRecord
+from zsq_deploy.backends.openvino.convert import BARE
 from zsq_deploy.errors import EngineError
 from zsq_deploy.model.graph import Graph
+from zsq_deploy.quant.reader import is_dequantize, is_quantize
 
 if TYPE_CHECKING:
     from zsq_deploy.backends.openvino.runner import OvRunner
@@ -30,8 +32,6 @@ Array = npt.NDArray[Any]
 _CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 _REPEATS = 12
 _WARMUP = 3
-_BARE = "/WithoutBiases"
-"""What OpenVINO appends to the name of a convolution or product whose bias became an operator of its own."""
 
 
 @dataclass(frozen=True)
@@ -223,12 +223,12 @@ def _network_nodes(path: Path) -> frozenset[str] | None:
     beside = path if path.suffix == ".onnx" else path.with_name("qdq.onnx")
     if not beside.is_file():
         return None
-    return frozenset(node.name for node in Graph.load(beside))
+    return frozenset(node.name for node in Graph.load(beside) if not (is_quantize(node) or is_dequantize(node)))
 
 
 def _sources(layer: Layer, known: frozenset[str] | None) -> tuple[str, ...]:
     """The nodes of the network that a layer stands for, the one that gave it its name first."""
-    names = dict.fromkeys(name.removesuffix(_BARE) for name in (layer.name, *layer.originals))
+    names = dict.fromkeys(name.removesuffix(BARE) for name in (layer.name, *layer.originals))
     return tuple(name for name in names if known is None or name in known)
 
 
