@@ -149,6 +149,9 @@ class CalibrationSection(_Section):
     )
 
 
+_Estimator = Literal["minmax", "mean_minmax", "median_minmax", "mean_no_outliers_minmax", "mean_quantile", "histogram"]
+
+
 class NncfSection(_Section):
     """What NNCF is told (OpenVINO targets); the words are NNCF's wherever it has one."""
 
@@ -160,7 +163,7 @@ class NncfSection(_Section):
         default=None, description="transformer changes what is quantized around attention and normalization."
     )
     fast_bias_correction: bool = Field(
-        default=True, description="Fast bias correction, one pass; false: the full one, layer after layer."
+        default=False, description="Fast bias correction, one pass; false: the full one, layer after layer."
     )
     bias_correction: bool = Field(default=True, description="false: NNCF leaves biases alone.")
     subset_size: _Size | None = Field(
@@ -180,8 +183,23 @@ class NncfSection(_Section):
         default=None,
         description="Half-range weights against saturation without VNNI: disable, enable, first_layer_only; null: NNCF's default.",
     )
+    activations_range: _Estimator | None = Field(
+        default="minmax",
+        description="How the range of an activation is found: minmax, mean_minmax, median_minmax, mean_no_outliers_minmax, mean_quantile, "
+        "histogram; null: NNCF's own mixture.",
+    )
+    weights_range: _Estimator | None = Field(default=None, description="The same for weights; null: NNCF's default.")
+    range_quantile: float = Field(
+        default=1e-4,
+        gt=0,
+        lt=0.5,
+        description="Share of values that mean_quantile and mean_no_outliers_minmax leave out at each end.",
+    )
     smooth_quant_alpha: float | None = Field(
         default=None, description="Strength of SmoothQuant in matrix products, -1: off; null: NNCF's default."
+    )
+    smooth_quant_convolution_alpha: float | None = Field(
+        default=None, description="Strength of SmoothQuant in convolutions; null: NNCF's default, off."
     )
     accuracy_control: bool = Field(
         default=False, description="Return layers to float until the metric drops by no more than max_drop."
@@ -191,6 +209,12 @@ class NncfSection(_Section):
     )
     drop_type: Literal["absolute", "relative"] = Field(
         default="absolute", description="How the drop counts: absolute or relative."
+    )
+    ranking_subset_size: _Size | None = Field(
+        default=None, description="Samples that rank the layers in accuracy control; null: all of them."
+    )
+    max_iterations: _Size | None = Field(
+        default=None, description="Most layers that accuracy control may return to float; null: no limit."
     )
     tune_parameters: bool = Field(
         default=False, description="Accuracy control searches the parameters of quantization before it returns layers."

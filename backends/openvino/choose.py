@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ def choose(
     options: BuildOptions | None = None,
     calibration: Any = None,
     validation: ValidationData | None = None,
+    probes: Feeds | None = None,
+    refine: Callable[[Engine, BuildOptions], tuple[Engine, BuildOptions]] | None = None,
     threads: int = 1,
     rounds: int = 40,
     tolerance_agreement: float = 0.005,
@@ -78,6 +80,9 @@ def choose(
         options: Choices that all candidates share.
         calibration: The calibration set; without one NNCF is no candidate.
         validation: What accuracy control measures on.
+        probes: Structured pictures that NNCF looks at beside the set.
+        refine: What is done to a candidate before it is measured (bias correction): engine and options -> the better engine in the
+            same folder, and its options. Engines whose quantizer corrected the biases are left alone.
         threads: Threads inside an operator.
         rounds: Latency rounds.
         tolerance_agreement: How much less agreement than the best a candidate may have.
@@ -117,8 +122,11 @@ def choose(
                     options=option,
                     calibration=calibration,
                     validation=validation,
+                    probes=probes,
                     progress=progress,
                 )
+                if refine is not None and not engine.choices.get("corrects_biases"):
+                    engine, option = refine(engine, option)
             except EngineError as error:
                 if len(found) == 1:
                     raise

@@ -268,6 +268,9 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
     """
     del target
     vendor = {name: dict(words) for name, words in settings.vendor.items()}
+    pot = vendor.get("pot", {})
+    if pot.get("config_path") is not None:
+        pot["config_path"] = Path(pot["config_path"])
     return BuildOptions(
         bits=settings.bits,
         quantizer=cast("Quantizer", settings.quantizer),
@@ -278,7 +281,7 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         exact_scales=settings.exact_scales,
         compress_weights=settings.compress_weights,
         nncf=NncfOptions(**vendor.get("nncf", {})),
-        pot=PotOptions(**vendor.get("pot", {})),
+        pot=PotOptions(**pot),
     )
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from zsq_deploy import __version__
-from zsq_deploy.artifact import atomic_path, digest_file, digest_json, write_json
+from zsq_deploy.artifact import atomic_path, digest_bytes, digest_file, digest_json, write_json
 from zsq_deploy.backends.base import Engine, Target, ValidationData
 from zsq_deploy.backends.openvino.convert import convert, read, save, weights_of
 from zsq_deploy.backends.openvino.design import Design
@@ -67,6 +67,7 @@ def build(
     options: BuildOptions | None = None,
     calibration: Any = None,
     validation: ValidationData | None = None,
+    probes: Mapping[str, Array] | None = None,
     progress: Progress = SILENT,
 ) -> Engine:
     """Turn a model into an engine.
@@ -81,6 +82,7 @@ def build(
             :func:`~zsq_deploy.backends.openvino.choose.choose` measures).
         calibration: The calibration set; NNCF and POT read its images.
         validation: What accuracy control measures on.
+        probes: Structured pictures that NNCF looks at beside the set, so that its ranges are covered: input name -> array.
         progress: Watches.
 
     Raises:
@@ -113,7 +115,7 @@ def build(
         float_path = folder / "float.onnx"
         _write(folded, float_path)
         task.advance(step=options.quantizer)
-        design = _design(model, ranges, calibration, target, options, folder, validation, progress)
+        design = _design(model, ranges, calibration, target, options, folder, validation, probes, progress)
         task.advance(step="scales")
         qdq, record = _finish(design, folded, target, options)
         qdq_path = folder / "qdq.onnx"
@@ -185,11 +187,19 @@ def _keeps_vendor(design: Design, options: BuildOptions) -> bool:
     return design.vendor_ir is not None and not (options.exact_scales or options.biases)
 
 
-def _identity(model: Any, ranges: Any, calibration: Any, target: Target, options: BuildOptions) -> str:
+def _identity(
+    model: Any,
+    ranges: Any,
+    calibration: Any,
+    target: Target,
+    options: BuildOptions,
+    probes: Mapping[str, Array] | None = None,
+) -> str:
     """Everything that a design depends on: not the biases, which are added to it, nor how its scales are settled."""
     told = options.with_(biases={}, exact_scales=False, label="").describe()
     pairs = None if ranges is None else sorted((name, float(low), float(high)) for name, (low, high) in ranges.items())
-    return digest_json([model.digest, target.name, pairs, str(getattr(calibration, "digest", "") or ""), told])
+    seen = {name: digest_bytes(np.ascontiguousarray(value).tobytes()) for name, value in sorted((probes or {}).items())}
+    return digest_json([model.digest, target.name, pairs, str(getattr(calibration, "digest", "") or ""), told, seen])
 
 
 def _design(
@@ -200,10 +210,11 @@ def _design(
     options: BuildOptions,
     folder: Path,
     validation: ValidationData | None,
+    probes: Mapping[str, Array] | None,
     progress: Progress,
 ) -> Design:
     """What the chosen route gives; the last few are remembered, because only biases change between the builds of one run."""
-    key = "" if validation is not None else _identity(model, ranges, calibration, target, options)
+    key = "" if validation is not None else _identity(model, ranges, calibration, target, options, probes)
     vendor_path = folder / "vendor.xml"
     found = _designs.get(key)
     if found is not None:
@@ -221,7 +232,10 @@ def _design(
         design: Design = route(model, ranges, target, plain, progress=progress)
     else:
         with tempfile.TemporaryDirectory(prefix=".vendor-", dir=folder) as scratch:
-            design = route(model, calibration, target, plain, Path(scratch), progress=progress, validation=validation)
+            shown: dict[str, Any] = {"validation": validation}
+            if options.quantizer == "nncf":
+                shown["probes"] = probes
+            design = route(model, calibration, target, plain, Path(scratch), progress=progress, **shown)
             if design.vendor_ir is not None:
                 for source, place in (
                     (weights_of(design.vendor_ir), weights_of(vendor_path)),

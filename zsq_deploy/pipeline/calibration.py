@@ -210,6 +210,7 @@ class MeasuredRanges:
         coverage: Value name -> observed reach / reach that batch norm implies, where it is known.
         seconds: Time that it took.
         notes: What a reader should know.
+        probes: The structured pictures that were looked at beside the images: input name -> array.
     """
 
     ranges: Ranges | str
@@ -218,6 +219,7 @@ class MeasuredRanges:
     coverage: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     notes: Sequence[str] = ()
+    probes: Mapping[str, Any] | None = None
 
 
 def measure_ranges(
@@ -270,6 +272,7 @@ def measure_ranges(
             f"calibration set (most in {worst[0]!r}: {len(worst[1])})"
         )
     coverage: dict[str, float] = {}
+    probes: dict[str, Any] | None = None
     chosen: Ranges | str
     if method in OWN_CALIBRATORS:
         chosen = method
@@ -305,4 +308,4 @@ def measure_ranges(
             )
     else:
         chosen = statistics.ranges(method, percentile=percentile)
-    return MeasuredRanges(chosen, observed, statistics, coverage, time.monotonic() - started, notes)
+    return MeasuredRanges(chosen, observed, statistics, coverage, time.monotonic() - started, notes, probes)

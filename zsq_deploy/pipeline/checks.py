@@ -110,12 +110,6 @@ def _check_quantizers(recipe: Recipe, targets: Sequence[Target]) -> None:
             where="--quantizer",
             remedy="choose --quantizer qdq, or a synthesis method that makes images (fractal needs nothing of the network)",
         )
-    if spec.accuracy_control and spec.validation_data is None and recipe.calibration.holdout < 2:
-        raise UsageError(
-            "accuracy control needs images that nothing was calibrated on, and so does verification",
-            where="calibration.holdout",
-            remedy="hold out 2 or more (default: 64), or give labelled images with --validation-data",
-        )
 
 
 def check_method(recipe: Recipe) -> None:

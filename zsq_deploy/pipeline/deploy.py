@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from zsq_deploy.artifact import OutputFolder
-from zsq_deploy.backends import Engine, Target, get_target
+from zsq_deploy.backends import Engine, Target, ValidationData, get_target
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
 from zsq_deploy.pipeline.checks import check_recipe
+from zsq_deploy.pipeline.control import judged_images, validation_data
 from zsq_deploy.pipeline.engines import Built, build_engine, settings_of
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
@@ -30,6 +31,7 @@ from zsq_deploy.verify import Gates, peak_rss_bytes
 __all__ = [
     "Outcome",
     "build_target",
+    "classes_of",
     "deploy",
     "evaluation_data",
     "gates_of",
@@ -95,11 +97,15 @@ def evaluation_data(recipe: Recipe, model: Model) -> EvalData | None:
     spec = recipe.verification
     if not spec.eval_data:
         return None
-    classes = None
+    return load_eval_data(
+        Path(spec.eval_data), model.inputs[0], classes=classes_of(model), resize=spec.resize, limit=spec.limit
+    )
+
+
+def classes_of(model: Model) -> int | None:
+    """The number of classes of a classifier; ``None`` where the output does not say it."""
     shape = model.outputs[0].shape
-    if len(model.outputs) == 1 and len(shape) == 2 and shape[1]:
-        classes = int(shape[1])
-    return load_eval_data(Path(spec.eval_data), model.inputs[0], classes=classes, resize=spec.resize, limit=spec.limit)
+    return int(shape[1]) if len(model.outputs) == 1 and len(shape) == 2 and shape[1] else None
 
 
 def images_and_ranges(
@@ -127,10 +133,11 @@ def build_target(
     images: Images,
     measured: MeasuredRanges,
     *,
+    validation: ValidationData | None = None,
     resume: bool,
     progress: Progress,
 ) -> Built:
-    """The engine of one target in its folder under `root`."""
+    """The engine of one target in its folder under `root`; `validation` is what accuracy control looks at."""
     if resume:  # an engine that was not finished is built anew
         shutil.rmtree(root / target.name, ignore_errors=True)
     return build_engine(
@@ -142,6 +149,7 @@ def build_target(
         settings_of(recipe),
         threads=recipe.run.threads or 1,
         seed=recipe.calibration.seed or 0,
+        validation=validation,
         progress=progress,
     )
 
@@ -180,10 +188,13 @@ def deploy(
         recipe.dump(root / "recipe.resolved.yaml")
         images, measured = images_and_ranges(root, model, recipe, resume=resume, progress=progress)
         peak_rss = peak_rss_bytes()
-        evidence = Evidence(data, images.holdout)
+        validation = validation_data(recipe, model, images.holdout, classes=classes_of(model))
+        evidence = Evidence(data, judged_images(recipe, images.holdout))
         sections: dict[str, Any] = {}
         for target in targets:
-            built = build_target(root, model, recipe, target, images, measured, resume=resume, progress=progress)
+            built = build_target(
+                root, model, recipe, target, images, measured, validation=validation, resume=resume, progress=progress
+            )
             section = verify_engine(
                 model,
                 built.engine,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zsq_deploy.backends import BuildSettings, Engine, Target, ValidationData, get_backend
+from zsq_deploy.backends.measured import move
+from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model import Graph, Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
@@ -108,7 +111,7 @@ def build_engine(
     """
     settings = settings or EngineSettings()
     started = time.monotonic()
-    trial = folder / "trial" if settings.bias_correction else folder
+    trial = folder / "trial"
     backend: Any = get_backend(target)
     if isinstance(measured.ranges, str) and images.calibration is None:
         raise CalibrationError(
@@ -117,16 +120,23 @@ def build_engine(
             remedy="choose another range method, or a synthesis method that makes images",
         )
     options = backend.options_from(settings, target)
+    several = len(backend.QUANTIZERS) > 1
     shown: dict[str, Any] = {"calibration": images.calibration}
-    if validation is not None and len(backend.QUANTIZERS) > 1:
-        shown["validation"] = validation
+    if several:
+        shown.update(validation=validation, probes=measured.probes)
+    looked_at = images.calibration if images.calibration is not None else images.holdout
+    correction = None
+    if settings.bias_correction:
+        build = partial(backend.build, model, measured.ranges, target, progress=progress, **shown)
+        correction = _Correction(model, looked_at, backend, build, threads, seed, progress)
     candidates: list[dict[str, Any]] = []
     notes: list[str] = []
-    looked_at = images.calibration if images.calibration is not None else images.holdout
     pinned = settings.choice.get(target.name)
     if pinned is not None:
         options = _chosen_before(backend.candidates(model.folded().graph, target, options), pinned, target)
     if settings.search and settings.op_types is None and pinned is None:
+        # Who corrects biases itself is compared with the others after theirs were corrected.
+        refine = {"refine": correction} if several else {}
         choice = backend.choose(
             model,
             measured.ranges,
@@ -137,6 +147,7 @@ def build_engine(
             threads=threads,
             progress=progress,
             **shown,
+            **refine,
         )
         options, engine = choice.chosen.options, choice.engine
         candidates = [_candidate(item, item is choice.chosen) for item in choice.measured]
@@ -147,75 +158,80 @@ def build_engine(
         notes.extend(choice.notes)
     else:
         engine = backend.build(model, measured.ranges, target, trial, options=options, progress=progress, **shown)
-    if settings.bias_correction and engine.choices.get("corrects_biases"):
-        engine = _moved(engine, folder)
-    elif settings.bias_correction:
-        batch = looked_at.take(0, min(BIAS_IMAGES, len(looked_at)))
-        corrected: Mapping[str, np.ndarray[Any, Any]] = correct_bias(
-            model.folded(),
-            Graph.load(engine.qdq_path),
-            batch.batches(8 if model.dynamic_batch else 1),
-            seed=seed,
-            progress=progress,
-        )
-        corrected_engine = backend.build(
-            model,
-            measured.ranges,
-            target,
-            folder,
-            options=options.with_(biases=dict(corrected)),
-            progress=progress,
-            **shown,
-        )
-        # Judged on the images at the other end of the set: a correction that does not help has to go.
-        judge = looked_at.take(max(0, len(looked_at) - JUDGE_IMAGES)).batches(8 if model.dynamic_batch else 1)
-        before, after = _compare(backend, engine, corrected_engine, list(judge), threads)
-        kept = after >= before - TOLERANCE_DB
-        candidates.append(
-            {
-                "name": "with corrected biases",
-                "chosen": kept,
-                "sqnr_db": after,
-                "bytes": corrected_engine.bytes,
-                "reason": f"{after:.1f} dB against {before:.1f} dB without, on synthetic images",
-            }
-        )
-        if kept:
-            engine = corrected_engine
-        else:
-            notes.append(f"bias correction was rejected: {after:.1f} dB with it, {before:.1f} dB without it")
-            shutil.rmtree(folder, ignore_errors=True)
-            engine = backend.build(
-                model,
-                measured.ranges,
-                target,
-                folder,
-                options=options,
-                progress=progress,
-                **shown,
-            )
-        shutil.rmtree(trial, ignore_errors=True)
+    if correction is not None:
+        if not correction.rows and not engine.choices.get("corrects_biases"):
+            engine, options = correction(engine, options)
+        for row in correction.rows:
+            row["chosen"] = bool(options.biases) and row["name"].startswith(f"{options.label},")
+        candidates.extend(correction.rows)
+        notes.extend(correction.notes)
+    engine = move(engine, folder)
+    shutil.rmtree(trial, ignore_errors=True)
+    if validation is not None and several:
+        notes.append(f"accuracy control looked at: {validation.source}")
     return Built(engine, candidates, time.monotonic() - started, tuple(notes))
 
 
-def _moved(engine: Engine, folder: Path) -> Engine:
-    """The engine with all its files in `folder` instead of the folder below it where it was tried."""
-    home = engine.path.parent
-    for file in sorted(home.iterdir()):
-        file.replace(folder / file.name)
-    home.rmdir()
+class _Correction:
+    """Bias correction of an engine on its own Q/DQ graph, kept if it helps.
 
-    def place(path: Path | None) -> Path | None:
-        return None if path is None else folder / path.name
+    Attributes:
+        rows: What was measured, as candidates of the report.
+        notes: What was rejected.
+    """
 
-    return replace(
-        engine,
-        path=folder / engine.path.name,
-        qdq_path=folder / engine.qdq_path.name,
-        float_path=folder / engine.float_path.name,
-        weights_path=place(engine.weights_path),
-        vendor_path=place(engine.vendor_path),
-    )
+    def __init__(
+        self,
+        model: Model,
+        looked_at: CalibrationSet,
+        backend: Any,
+        build: Callable[..., Engine],
+        threads: int,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self._model, self._looked_at, self._backend, self._build = model, looked_at, backend, build
+        self._threads, self._seed, self._progress = threads, seed, progress
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def __call__(self, engine: Engine, options: Any) -> tuple[Engine, Any]:
+        """The engine with corrected biases in the same folder, or the engine as it was; and its options."""
+        size = 8 if self._model.dynamic_batch else 1
+        corrected: Mapping[str, np.ndarray[Any, Any]] = correct_bias(
+            self._model.folded(),
+            Graph.load(engine.qdq_path),
+            self._looked_at.take(0, min(BIAS_IMAGES, len(self._looked_at))).batches(size),
+            seed=self._seed,
+            progress=self._progress,
+        )
+        home = engine.path.parent
+        changed = options.with_(biases=dict(corrected))
+        second = self._build(home.with_name(f"{home.name}-corrected"), options=changed)
+        # Judged on the images at the other end of the set: a correction that does not help has to go.
+        judge = self._looked_at.take(max(0, len(self._looked_at) - JUDGE_IMAGES)).batches(size)
+        before, after = _compare(self._backend, engine, second, list(judge), self._threads)
+        kept = after >= before - TOLERANCE_DB
+        name = f"{options.label}, biases corrected"
+        self.rows.append(
+            {
+                "name": name,
+                "chosen": False,
+                "sqnr_db": after,
+                "bytes": second.bytes,
+                "reason": f"{after:.1f} dB against {before:.1f} dB without, on synthetic images"
+                + ("" if kept else ": rejected"),
+            }
+        )
+        if not kept:
+            self.notes.append(f"bias correction was rejected: {after:.1f} dB with it, {before:.1f} dB without it")
+            shutil.rmtree(second.path.parent)
+            return engine, options
+        shutil.rmtree(home)
+        left = second.path.parent
+        second = move(second, home)
+        left.rmdir()
+        return second, changed
 
 
 def _compare(

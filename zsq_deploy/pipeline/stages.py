@@ -15,9 +15,11 @@ from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
 from zsq_deploy.pipeline.calibration import make_images
 from zsq_deploy.pipeline.checks import check_device, check_method, check_recipe
+from zsq_deploy.pipeline.control import judged_images, validation_data
 from zsq_deploy.pipeline.deploy import (
     Outcome,
     build_target,
+    classes_of,
     deploy,
     evaluation_data,
     gates_of,
@@ -99,14 +101,21 @@ def quantize_only(
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")
         images, measured = images_and_ranges(root, model, recipe, resume=resume, progress=progress)
+        validation = validation_data(recipe, model, images.holdout, classes=classes_of(model))
         for target in targets:
-            done = build_target(root, model, recipe, target, images, measured, resume=resume, progress=progress)
+            done = build_target(
+                root, model, recipe, target, images, measured, validation=validation, resume=resume, progress=progress
+            )
             built[target.name] = done.engine
             recipe = pinned(recipe, target.name, built[target.name])
         recipe.dump(root / "recipe.resolved.yaml")  # now with what the search chose
         shutil.rmtree(root / ".synthesis", ignore_errors=True)
         folder.finish()
     return built
+
+
+_PARTS = ("engine", "weights", "qdq", "float", "vendor", "vendor_weights")
+"""The files that a manifest can name; each with its digest."""
 
 
 def open_engine(folder: Path, name: str) -> Engine:
@@ -124,7 +133,7 @@ def open_engine(folder: Path, name: str) -> Engine:
             remedy="name the output folder of zsq deploy or zsq quantize, and a target that was built there",
         )
     manifest = read_json(place / "manifest.json")
-    for part in ("engine", "qdq", "float"):
+    for part in _PARTS:
         if part not in manifest:
             continue
         file = place / manifest[part]["file"]
@@ -134,9 +143,16 @@ def open_engine(folder: Path, name: str) -> Engine:
                 where=str(file),
                 remedy="build it again with zsq deploy or zsq quantize",
             )
-    engine = place / manifest["engine"]["file"]
-    qdq = place / manifest["qdq"]["file"] if "qdq" in manifest else engine
-    return Engine(engine, qdq, get_target(name), place / manifest["float"]["file"], manifest.get("choices", {}))
+    files = {part: place / manifest[part]["file"] for part in _PARTS if part in manifest}
+    return Engine(
+        path=files["engine"],
+        qdq_path=files.get("qdq", files["engine"]),
+        target=get_target(name),
+        float_path=files["float"],
+        choices=manifest.get("choices", {}),
+        weights_path=files.get("weights"),
+        vendor_path=files.get("vendor"),
+    )
 
 
 def _recipe_in(folder: Path) -> Recipe:
@@ -186,7 +202,7 @@ def _verify_finished(
     data = evaluation_data(recipe, model)
     holdout = CalibrationSet.open(folder / "holdout")
     observed = Ranges.load(folder / "ranges.json")
-    evidence = Evidence(data, holdout)
+    evidence = Evidence(data, judged_images(recipe, holdout))
     sections = {}
     for name, engine in engines.items():
         sections[name] = verify_engine(
