@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -30,8 +29,9 @@ __all__ = ["Layer", "kernels", "layers", "model_macs"]
 Array = npt.NDArray[Any]
 
 _CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
-_REPEATS = 12
-_WARMUP = 3
+_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_REPEATS = 40
+_WARMUP = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Layer:
         """Whether it multiplied (or moved) integers. What only turns integers into floats, or floats into integers, does not."""
         if not self.primitive.upper().endswith(("_I8", "_U8")):
             return False
-        if self.kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul"):
+        if self.kind in _PRODUCTS:
             return True  # these may write float: the last step of the kernel scales the sums
         return not any(one in ("f32", "f16", "bf16") for one in self.outputs)
 
@@ -145,17 +145,25 @@ def model_macs(model: Any) -> dict[str, int]:
 
 
 def _measured(compiled: Any, inputs: Sequence[Array]) -> dict[str, float]:
-    """Median microseconds of every executed layer."""
+    """Mean microseconds of every executed layer, without the first runs.
+
+    OpenVINO's profile is the mean over all runs since loading; the first ones, which make kernels, are taken out of it.
+    """
     request = compiled.create_infer_request()
-    times: dict[str, list[float]] = {}
-    for number in range(_WARMUP + _REPEATS):
-        request.infer(list(inputs), share_inputs=True)
-        if number < _WARMUP:
-            continue
-        for entry in request.profiling_info:
-            if "EXECUTED" in str(entry.status):
-                times.setdefault(str(entry.node_name), []).append(entry.real_time.total_seconds() * 1e6)
-    return {name: float(median(values)) for name, values in times.items()}
+    means: list[dict[str, float]] = []
+    for runs in (_WARMUP, _REPEATS):
+        for _ in range(runs):
+            request.infer(list(inputs), share_inputs=True)
+        means.append(
+            {
+                str(entry.node_name): entry.real_time.total_seconds() * 1e6
+                for entry in request.profiling_info
+                if "NOT_RUN" not in str(entry.status)
+            }
+        )
+    first, whole = means
+    every = _WARMUP + _REPEATS
+    return {name: max(0.0, (mean * every - first.get(name, mean) * _WARMUP) / _REPEATS) for name, mean in whole.items()}
 
 
 def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
@@ -183,7 +191,7 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
     left = dict(macs)
     records = []
     for layer in executed:
-        stands_for = [name for name in (layer.name, *layer.originals) if name in left]
+        stands_for = [name for name in _candidates(layer) if name in left]
         count = sum(left.pop(name) for name in dict.fromkeys(stands_for))
         if layer.microseconds is None and not count:
             continue  # folded into a neighbour, or nothing but another view of the same memory
@@ -218,6 +226,14 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
     return records
 
 
+def _candidates(layer: Layer) -> list[str]:
+    """Names that a layer may have in the model; OpenVINO appends what a transformation did: ``fc/DequantizationMultiply``."""
+    names = [layer.name, *layer.originals]
+    if layer.kind in _PRODUCTS:
+        names.extend(name.rpartition("/")[0] for name in list(names) if "/" in name)
+    return list(dict.fromkeys(names))
+
+
 def _network_nodes(path: Path) -> frozenset[str] | None:
     """Names of the network's nodes, from the ONNX file that was loaded or from the Q/DQ graph beside an engine."""
     beside = path if path.suffix == ".onnx" else path.with_name("qdq.onnx")
@@ -228,7 +244,7 @@ def _network_nodes(path: Path) -> frozenset[str] | None:
 
 def _sources(layer: Layer, known: frozenset[str] | None) -> tuple[str, ...]:
     """The nodes of the network that a layer stands for, the one that gave it its name first."""
-    names = dict.fromkeys(name.removesuffix(BARE) for name in (layer.name, *layer.originals))
+    names = dict.fromkeys(name.removesuffix(BARE) for name in _candidates(layer))
     return tuple(name for name in names if known is None or name in known)
 
 

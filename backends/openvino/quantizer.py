@@ -27,6 +27,7 @@ from zsq_deploy.artifact import atomic_path, digest_bytes, digest_file, digest_j
 from zsq_deploy.backends.base import Engine, Target, ValidationData
 from zsq_deploy.backends.openvino.convert import convert, read, save, weights_of
 from zsq_deploy.backends.openvino.design import Design
+from zsq_deploy.backends.openvino.merging import drop_merged_pairs
 from zsq_deploy.backends.openvino.options import BuildOptions
 from zsq_deploy.backends.openvino.runtime import version
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
@@ -260,6 +261,8 @@ def _finish(design: Design, folded: Graph, target: Target, options: BuildOptions
     if options.biases:
         qdq = _shift_biases(qdq, folded, options.biases)
     if options.exact_scales:
+        qdq, sums = drop_merged_pairs(qdq)
+        record["sums_in_convolutions"] = list(sums)
         settle = importlib.import_module("zsq_deploy.quant.settle").settle
         weights = {**_float_weights(folded), **options.weights} if options.quantizer == "qdq" else None
         settled = settle(qdq, activation=target.activation, weight=target.weight, float_weights=weights)
