@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json
-from zsq_deploy.errors import UsageError
+from zsq_deploy.errors import OutputExistsError, UsageError
 
 __all__ = ["exporting", "importing"]
+
+_ForceOpt = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
 
 importing = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Turn another tool's configuration into a recipe."
@@ -37,38 +39,51 @@ def import_pot_config(
     file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A POT configuration; comments are allowed.")],
     quantizer: Annotated[
         str, typer.Option("--as", metavar="NAME", help="Who is to quantize: pot, or nncf, POT's successor.")
-    ] = "nncf",
+    ] = "pot",
     model: Annotated[
         str | None,
         typer.Option(
             "--model", metavar="MODEL", help="The network, as for `zsq deploy` (default: what the file names)."
         ),
     ] = None,
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="Deployment target of the recipe.")
+    ] = "openvino-cpu",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.yaml", help="The recipe (default: standard output).")
     ] = None,
+    force: _ForceOpt = False,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Turn a POT configuration into a recipe; every key that has no counterpart is named.
 
     \b
     zsq import pot-config resnet.json -o recipe.yaml
-    zsq import pot-config resnet.json --as pot -o recipe.yaml
+    zsq import pot-config resnet.json --as nncf --model resnet.onnx -o recipe.yaml
     """
-    from zsq_deploy.pipeline.pot_config import recipe_from_pot
+    from zsq_deploy.backends.openvino.pot.config import import_pot_config as imported
+    from zsq_deploy.recipe import Recipe
 
-    recipe, notes = recipe_from_pot(file, quantizer=_quantizer(quantizer), model=model)
-    if output is not None:
-        recipe.dump(output)
-    if as_json:
-        print_json({"recipe": recipe.model_dump(mode="json"), "notes": list(notes)})
-        return 0
-    if output is None:
-        sys.stdout.write(recipe.to_yaml())
-    else:
-        sys.stdout.write(f"{output}\n")
-    for note in notes:
-        sys.stderr.write(f"note: {note}\n")
+    found = imported(file, quantizer=_quantizer(quantizer))
+    named = found.model if found.model and Path(found.model).suffix in (".onnx", ".pt2") else None
+    recipe = Recipe.of(
+        {
+            "model": {"source": model or named or "network.onnx"},
+            "quantization": found.quantization,
+            "targets": [target],
+        },
+        where=str(file),
+    )
+    notes = [*(note for note in found.notes if not model)]
+    if not (model or named):
+        notes.append("model.source is to be filled in: it says network.onnx now")
+    _write(output, recipe.to_yaml(), force=force)
+    _tell(
+        {"recipe": recipe.model_dump(mode="json"), "dropped": found.dropped, "notes": notes},
+        output,
+        recipe.to_yaml(),
+        as_json,
+    )
     return 0
 
 
@@ -78,6 +93,10 @@ def export_pot_config(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="The file (default: standard output).")
     ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="FILE.xml", help="The IR that the configuration is to name.")
+    ] = "network.xml",
+    force: _ForceOpt = False,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Write what a recipe says of POT (or NNCF) as a POT configuration; what POT has no word for is named.
@@ -85,23 +104,38 @@ def export_pot_config(
     \b
     zsq export pot-config recipe.yaml -o pot.json
     """
-    from zsq_deploy.artifact import write_json
-    from zsq_deploy.pipeline.pot_config import pot_from_recipe
+    from zsq_deploy.backends.openvino.pot.config import export_pot_config as exported
     from zsq_deploy.recipe import Recipe
 
-    config, notes = pot_from_recipe(Recipe.load(recipe))
-    if output is not None:
-        write_json(output, config)
-    if as_json:
-        print_json({"config": config, "notes": list(notes)})
-        return 0
-    if output is None:
-        print_json(config)
-    else:
-        sys.stdout.write(f"{output}\n")
-    for note in notes:
-        sys.stderr.write(f"note: {note}\n")
+    found = exported(Recipe.load(recipe).quantization.model_dump(mode="json"), model=model)
+    _write(output, found.text, force=force)
+    _tell({"config": found.config, "dropped": found.dropped, "notes": []}, output, found.text, as_json)
     return 0
+
+
+def _write(output: Path | None, text: str, *, force: bool) -> None:
+    from zsq_deploy.artifact import atomic_writer
+
+    if output is None:
+        return
+    if output.exists() and not force:
+        raise OutputExistsError(
+            "the file is there already", where=str(output), remedy="choose another name, or add --force to replace it"
+        )
+    with atomic_writer(output) as file:
+        file.write(text.encode())
+
+
+def _tell(found: dict[str, Any], output: Path | None, text: str, as_json: bool) -> None:
+    """The result on standard output (or where it was written), and what was left out on standard error."""
+    if as_json:
+        print_json(found)
+        return
+    sys.stdout.write(text if output is None else f"{output}\n")
+    for key, why in found["dropped"].items():
+        sys.stderr.write(f"left out: {key}: {why}\n")
+    for note in found["notes"]:
+        sys.stderr.write(f"note: {note}\n")
 
 
 def _quantizer(name: str) -> Literal["nncf", "pot"]:
