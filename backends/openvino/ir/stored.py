@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
-from openvino.helpers import unpack_data
 
 from zsq_deploy.backends.openvino.ir.registry import UnsupportedFormError
 from zsq_deploy.backends.openvino.ir.rounding import Rounding
@@ -34,12 +33,21 @@ def constant_array(node: ov.Node) -> tuple[Array, str]:
             packed = np.asarray(node.get_data() if hasattr(node, "get_data") else node.data)
             if packed.size == int(np.prod(shape)) and list(packed.shape) == shape:
                 return packed.astype(_PACKED[kind]), kind
-            return np.asarray(unpack_data(packed, node.get_element_type(), shape), _PACKED[kind]).reshape(shape), kind
+            return _unpacked(packed, kind, shape), kind
         if kind == "bf16":
             return np.asarray(node.get_data(dtype=np.float32)).reshape(shape), kind
         return np.array(node.data).reshape(shape), kind
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedFormError(f"a constant of element type {kind}") from error
+
+
+def _unpacked(packed: Array, kind: str, shape: Sequence[int]) -> Array:
+    """Two integers a byte, the first one in the low half (``openvino.helpers.unpack_data`` gives them in the other order)."""
+    octets = packed.reshape(-1).view(np.uint8)
+    pairs = np.stack([octets & 15, octets >> 4], axis=-1).reshape(-1)[: int(np.prod(shape))]
+    if kind == "i4":
+        return np.asarray((pairs ^ 8).astype(np.int8) - np.int8(8)).reshape(shape)
+    return pairs.reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
