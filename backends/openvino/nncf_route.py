@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy.typing as npt
 from zsq_deploy.backends.base import Target, ValidationData
 from zsq_deploy.backends.openvino.convert import convert, first_line, read, save
 from zsq_deploy.backends.openvino.design import Design
-from zsq_deploy.backends.openvino.ir import ir_to_qdq
+from zsq_deploy.backends.openvino.ir import read_ir
 from zsq_deploy.backends.openvino.nncf_accuracy import Metric, quantized_operators, read_steps
 from zsq_deploy.backends.openvino.nncf_scope import Ignored, ignored_operators, operators_of
 from zsq_deploy.backends.openvino.options import BuildOptions, NncfOptions
@@ -44,7 +43,7 @@ from zsq_deploy.model.graph import Graph, TensorSpec
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import apply_biases
 
-__all__ = ["Samples", "design_nncf", "prepare"]
+__all__ = ["Samples", "design_nncf", "given_graph", "prepare"]
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +77,7 @@ def design_nncf(
         EngineError: NNCF gave up, or found nothing to quantize.
     """
     told = options.nncf
-    graph = _given(model.folded().graph, options)
+    graph = given_graph(model.folded().graph, options)
     samples = Samples(graph.inputs, calibration, probes, told.subset_size)
     ir = prepare(graph)
     parts = operators_of(ir, graph)
@@ -125,11 +124,12 @@ def design_nncf(
         notes.append(_sentence(record["accuracy_control"]))
     record["operators_with_8_bit_inputs"] = len(quantized_operators(quantized))
     notes.extend(f"NNCF: {text}" for text in dict.fromkeys(messages.texts(logging.WARNING)) if _worth_saying(text))
-    qdq = ir_to_qdq(quantized, like=graph)
+    reading = read_ir(quantized, like=graph)
+    notes.extend(reading.notes)
     vendor = Path(folder) / "vendor.xml"
     _compress(quantized)
     save(quantized, vendor)
-    return Design(qdq, vendor, corrects, record, tuple(notes))
+    return Design(reading.graph, vendor, corrects, record, tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def design_nncf(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _given(graph: Graph, options: BuildOptions) -> Graph:
+def given_graph(graph: Graph, options: BuildOptions) -> Graph:
     """The float graph with the weights and biases that the options replace."""
     if options.weights:
         net = Net(graph.proto)
@@ -157,17 +157,12 @@ def _given(graph: Graph, options: BuildOptions) -> Graph:
 
 
 def prepare(graph: Graph) -> Any:
-    """The ``openvino.Model`` of a float graph as NNCF wants it: OpenVINO's common simplifications done, nodes named by their place.
+    """The ``openvino.Model`` of a float graph as NNCF and POT want it: as OpenVINO's own converter simplifies it.
 
-    Without them NNCF does not recognize a bias behind the shape arithmetic that OpenVINO's reader puts there, and corrects none.
+    Without its simplifications NNCF does not recognize a bias behind the shape arithmetic that OpenVINO's reader puts there, and
+    corrects none.
     """
-    ir = convert(graph)
-    importlib.import_module("openvino._offline_transformations").apply_moc_transformations(ir, cf=False)
-    for place, operator in enumerate(ir.get_ordered_ops()):
-        kind = operator.get_type_name()
-        if re.fullmatch(rf"{re.escape(kind)}_\d+", operator.get_friendly_name()):
-            operator.set_friendly_name(f"{kind}_of_place_{place}")
-    return ir
+    return convert(graph)
 
 
 class Samples:
