@@ -32,7 +32,7 @@ from zsq_deploy.backends.base import Target, ValidationData
 from zsq_deploy.backends.openvino.convert import save, weights_of
 from zsq_deploy.backends.openvino.design import Design
 from zsq_deploy.backends.openvino.ir import load_ir, read_ir
-from zsq_deploy.backends.openvino.nncf_route import Samples, _given, prepare
+from zsq_deploy.backends.openvino.nncf_route import Samples, given_graph, prepare
 from zsq_deploy.backends.openvino.nncf_scope import Ignored, ignored_operators, operators_of
 from zsq_deploy.backends.openvino.options import BuildOptions, PotOptions
 from zsq_deploy.backends.openvino.pot.config import compression_of, read_pot_config
@@ -90,7 +90,7 @@ def design_pot(
         UsageError: Something is to stay in float that does not exist, or a configuration file is wrong.
     """
     environment = check("pot")
-    graph = _given(model.folded().graph, options)
+    graph = given_graph(model.folded().graph, options)
     asked = _asked(options.pot)
     size = asked.params.pop("stat_subset_size", None)
     samples = Samples(graph.inputs, calibration, probes, size)
