@@ -8,11 +8,17 @@ inside the network is compared as well.
 
     python tools/check_integer_reference.py --images 100
     python tools/check_integer_reference.py --engine out/ort-x86-vnni/engine.onnx --target ort-x86-vnni
+    python tools/check_integer_reference.py --runtime openvino --images 100
+
+With ``--runtime openvino`` the networks are quantized in the ways that this runtime reads: our Q/DQ graph with free scales, the same
+settled on exact scales, ONNX Runtime's Q/DQ graph, and NNCF (where it is installed).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -35,7 +41,10 @@ from PIL import Image
 from zsq_deploy.backends import Target, get_target
 from zsq_deploy.backends.onnxruntime.integer import IntegerReference
 from zsq_deploy.backends.onnxruntime.runner import session_options
-from zsq_deploy.model import Preprocess, load_model
+from zsq_deploy.model import Model, Preprocess, load_model
+from zsq_deploy.quant import PlacementRules, insert_qdq
+from zsq_deploy.quant.settle import settle
+from zsq_deploy.quant.statistics import collect
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -117,6 +126,69 @@ def quantize(graph: onnx.ModelProto, x: np.ndarray, variant: tuple[str, str, boo
     return path
 
 
+OPENVINO_VARIANTS: tuple[str, ...] = ("Q/DQ", "Q/DQ settled", "Q/DQ of ORT", "NNCF performance", "NNCF mixed")
+
+
+def openvino_file(model: Model, x: np.ndarray, title: str, folder: Path) -> Path:
+    """A network quantized in one of the ways that OpenVINO reads; min-max ranges of `x`."""
+    target = get_target("openvino-cpu")  # before the libraries: it keeps their telemetry off
+    graph = model.folded().graph
+    name = graph.inputs[0].name
+    if title == "Q/DQ of ORT":
+        return quantize(graph.editable(), x, ("u8", "s8", True, False, ""), folder)
+    if title.startswith("NNCF"):
+        import nncf
+        import openvino as ov
+
+        source = folder / "float.onnx"
+        onnx.save(graph.editable(), source)
+        preset = nncf.QuantizationPreset(title.split()[1])
+        data = nncf.Dataset([x[i : i + 1] for i in range(len(x))])
+        with contextlib.redirect_stdout(io.StringIO()):
+            made = nncf.quantize(ov.Core().read_model(source), data, preset=preset, subset_size=len(x))
+        ov.save_model(made, folder / "engine.xml", compress_to_fp16=False)
+        return folder / "engine.xml"
+    rules = PlacementRules(residual="skip", bias="float", always_output=frozenset())
+    seen = collect(graph, ({name: x[i : i + 1]} for i in range(len(x))), device="cpu")
+    ranges = {value: (seen[value].minimum, seen[value].maximum) for value in seen}
+    qdq = insert_qdq(graph, ranges, activation=target.activation, weight=target.weight, rules=rules)
+    if title == "Q/DQ settled":
+        weights = {value: array for value in graph.initializer_names if (array := graph.constant(value)) is not None}
+        qdq = settle(qdq, activation=target.activation, weight=target.weight, float_weights=weights).graph
+    path = folder / "qdq.onnx"
+    onnx.save(qdq.proto, path)
+    return path
+
+
+def compare_openvino(path: Path, x: np.ndarray, *, batch: int, row: str) -> bool:
+    """Print one line for an OpenVINO engine; return whether everything is equal."""
+    import openvino as ov
+
+    from zsq_deploy.backends.openvino.integer import IntegerReference as Reference
+    from zsq_deploy.backends.openvino.lowered import properties
+
+    reference = Reference(path)
+    core = ov.Core()
+    engine = core.compile_model(core.read_model(path), "CPU", properties({}))
+    equal = total = 0
+    largest = seconds = 0.0
+    for start in range(0, len(x), batch):
+        feeds = {reference.input_names[0]: x[start : start + batch]}
+        results = engine(feeds)
+        began = time.perf_counter()
+        ours = reference.run(feeds)
+        seconds += time.perf_counter() - began
+        for port, name in zip(engine.outputs, reference.output_names, strict=True):
+            same, gap = difference(results[port], ours[name])
+            equal, total, largest = equal + same, total + results[port].size, max(largest, gap)
+    print(
+        f"{row:55s} {total:9d} {equal / total:11.7f} {largest:7.1f} {len(reference.integer_nodes):4d} "
+        f"{len(reference.float_nodes):4d} {1000 * seconds / len(x):8.1f}",
+        flush=True,
+    )
+    return equal == total
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
     """How many values are equal, and the largest difference in codes or in units of the last bit."""
     equal = int((a == b).sum())
@@ -168,7 +240,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path(os.environ.get("ZSQ_ASSETS", "../shared/assets")))
     parser.add_argument("--network", action="append", choices=sorted(NETWORKS), help="only these networks")
-    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="only these ways to quantize")
+    parser.add_argument(
+        "--variant", action="append", choices=[*VARIANTS, *OPENVINO_VARIANTS], help="only these ways to quantize"
+    )
     parser.add_argument("--images", type=int, default=20, help="images a network (default 20)")
     parser.add_argument("--batch", type=int, default=10, help="images at a time (1 where the network's batch is fixed)")
     parser.add_argument("--engine", type=Path, action="append", help="engine files to compare instead of the assets")
@@ -180,6 +254,7 @@ def main() -> int:
         default="runtime",
         help="who says what is fused: the runtime, or our own reading of the file",
     )
+    parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), default="onnxruntime")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ort.set_default_logger_severity(3)
@@ -191,6 +266,10 @@ def main() -> int:
     options: dict[str, Any] = {"inside": arguments.intermediates, "structure": arguments.structure}
     if arguments.engine:
         for path in arguments.engine:
+            if arguments.runtime == "openvino":
+                x = noise(path.with_name("qdq.onnx") if path.suffix == ".xml" else path, arguments.images)
+                fine &= compare_openvino(path, x, batch=arguments.batch, row=str(path)[-55:])
+                continue
             x = noise(path, arguments.images)
             fine &= compare(
                 path, get_target(arguments.target), x, batch=arguments.batch, row=str(path)[-55:], **options
@@ -201,6 +280,12 @@ def main() -> int:
         x = network.preprocess.apply(images(arguments.assets, network, arguments.images))
         path = next(iter(sorted((arguments.assets / "models").rglob(f"{name}.onnx"))))
         model = load_model(path, preprocess=network.preprocess, input_shape=(1, *x.shape[1:]))
+        if arguments.runtime == "openvino":
+            for title in arguments.variant or OPENVINO_VARIANTS:
+                with tempfile.TemporaryDirectory() as folder:
+                    made = openvino_file(model, x[:8], title, Path(folder))
+                    fine &= compare_openvino(made, x, batch=arguments.batch, row=f"{name} {title}")
+            continue
         for title in arguments.variant or VARIANTS:
             variant = VARIANTS[title]
             with tempfile.TemporaryDirectory() as folder:

@@ -107,10 +107,10 @@ class Island:
             element = self._layer(op, str(len(layers)))
             layers.append(element)
             ports = [entry.get("id", "") for entry in element.iterfind("./input/port")]
-            for source, number in zip(op.inputs, ports, strict=True):
-                if source is None:
+            for read, number in zip(op.inputs, ports, strict=True):
+                if read is None:
                     continue
-                start, first = made[source.op, source.port]
+                start, first = made[read.op, read.port]
                 ElementTree.SubElement(
                     edges,
                     "edge",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,11 @@ __all__ = ["channelwise", "fused_multiply_add", "reciprocal", "to_codes"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+
+_RANGES: Mapping[str, tuple[npt.DTypeLike, float, float]] = {
+    "u8": (np.uint8, 0.0, 255.0),
+    "i8": (np.int8, -128.0, 127.0),
+}
 
 
 def fused_multiply_add(x: Array, factor: Array, shift: Array) -> Float32:
@@ -50,9 +56,7 @@ def channelwise(values: Array, rank: int, axis: int) -> Array:
 
 def to_codes(values: Array, kind: str) -> Array:
     """Clamp to the range of an 8-bit type and round half to even, as the store of a kernel does (``f32``: nothing)."""
-    dtype = {"u8": np.uint8, "i8": np.int8, "i32": np.int32}.get(kind)
-    if dtype is None:
+    if kind not in _RANGES:
         return np.asarray(values, np.float32) if kind == "f32" else values
-    limits = np.iinfo(dtype)
-    high = np.float32(limits.max) if dtype != np.int32 else np.float64(limits.max)
-    return np.asarray(np.rint(np.clip(values, limits.min, high)).astype(dtype))
+    dtype, low, high = _RANGES[kind]
+    return np.asarray(np.rint(np.clip(values, low, high)).astype(dtype))

@@ -47,7 +47,7 @@ def _windows(op: Op, x: Array, fill: float) -> tuple[Array, Array]:
         extra.append(max((count - 1) * s + reach - (size + b + a), 0))
     widths = [(0, 0), (0, 0), *((b, a + e) for b, a, e in zip(before, after, extra, strict=True))]
     inside = np.pad(np.ones((1, 1, *spatial), np.bool_), widths)
-    padded = np.pad(x, widths, constant_values=fill)  # type: ignore[arg-type]
+    padded = np.pad(x, widths, constant_values=fill)
     axes = tuple(range(2, 2 + len(kernel)))
 
     def cut(array: Array) -> Array:
