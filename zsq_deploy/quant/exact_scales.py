@@ -95,6 +95,7 @@ class Groups:
         self._parent: dict[str, str] = {}
 
     def find(self, name: str) -> str:
+        """The representative of a name's group."""
         self._parent.setdefault(name, name)
         root = name
         while self._parent[root] != root:
@@ -104,6 +105,7 @@ class Groups:
         return root
 
     def union(self, first: str, second: str) -> None:
+        """Put two names into one group."""
         self._parent[self.find(first)] = self.find(second)
 
 

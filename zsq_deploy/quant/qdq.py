@@ -80,6 +80,9 @@ class PlacementRules:
         drop_activations: Leave out a Relu or Clip that the integer range enforces.
         split_activations: Round in front of a Relu or Clip whose bounds the integer range does not enforce (``False`` for runtimes
             that fuse them whatever the zero point is).
+        round_outputs: ``always``: what a computed node gives is rounded. ``read``: a value is rounded only if such a node reads it; then
+            once, in front of the nodes that move it, and not again behind them or behind a concatenation.
+        float_readers: Nodes that compute in float read the value as it was before rounding.
     """
 
     compute: frozenset[str] = COMPUTE
@@ -95,6 +98,8 @@ class PlacementRules:
     bias: Literal["int32", "float"] = "int32"
     drop_activations: bool = True
     split_activations: bool = True
+    round_outputs: Literal["always", "read"] = "always"
+    float_readers: bool = False
 
 
 def weight_axis(node: onnx.NodeProto, rank: int) -> int:
@@ -139,11 +144,19 @@ class _Groups:
 class _Plan:
     """What is to be rounded, and with which parameters; nothing is written yet."""
 
-    def __init__(self, graph: Graph, ranges: Mapping[str, Range], activation: Scheme, rules: PlacementRules) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        ranges: Mapping[str, Range],
+        activation: Scheme,
+        rules: PlacementRules,
+        schemes: Mapping[str, Scheme],
+    ) -> None:
         self.graph = graph
         self.ranges = ranges
         self.activation = activation
         self.rules = rules
+        self.schemes = dict(schemes)
         self.nodes = [node for node in graph.nodes if self._computes(node)]
         self.chosen = {node.name for node in self.nodes}
         self.rounded: dict[str, None] = {}
@@ -196,7 +209,7 @@ class _Plan:
         """The inputs that take part in the arithmetic (without biases and sizes)."""
         if node.op_type in _WEIGHTED:
             return list(node.input[:2])
-        if node.op_type in ("AveragePool", "GlobalAveragePool"):
+        if node.op_type in ("AveragePool", "GlobalAveragePool", "ReduceMean"):
             return list(node.input[:1])
         return [name for name in node.input if name]
 
@@ -260,6 +273,9 @@ class _Plan:
     # -- where --
 
     def _place(self) -> None:
+        if self.rules.round_outputs == "read":
+            self._place_reads()
+            return
         for node in self.graph.nodes:
             if node.name in self.chosen:
                 inputs = [name for name in self._operands(node) if self._computed(name)]
@@ -296,6 +312,58 @@ class _Plan:
                     for name in self._operands(node):
                         if name in self.rounded:
                             self.groups.join(out, name)
+
+    def _place_reads(self) -> None:
+        """Round what the chosen nodes read, as early as nodes that only move numbers allow."""
+        for node in self.graph.nodes:
+            if node.name not in self.chosen:
+                continue
+            inputs = [name for name in self._operands(node) if self._computed(name)]
+            spared = self._spared(node, inputs)
+            sources = [self._round(name) for name in inputs if name != spared]
+            if node.op_type == "Concat":
+                for source in sources:
+                    self.groups.join(node.output[0], source)
+            out = self.output(node)
+            if self.rules.quantize_outputs and out in self._final and self._has_range(out):
+                self.rounded.setdefault(out)
+
+    def _round(self, value: str) -> str:
+        """Round a value where it comes from; returns the value that is rounded."""
+        asked = self.schemes.get(value)
+        while True:
+            maker = self.graph.producer(value)
+            if maker is not None and maker.op_type == "Concat" and maker.name in self.chosen:
+                break  # its inputs are rounded, with one scale
+            if maker is None or not self._moves(maker) or not self._rounds_all(maker.input[0]):
+                self.rounded.setdefault(value)
+                break
+            value = maker.input[0]
+        if asked is not None:
+            self.schemes[value] = asked
+        return value
+
+    def _rounds_all(self, value: str) -> bool:
+        """Whether all readers of a value want it rounded, directly or behind nodes that move numbers."""
+        readers = self.graph.consumers(value)
+        return (
+            bool(readers)
+            and not self.graph.is_output(value)
+            and self._has_range(value)
+            and all(
+                reader.name in self.chosen
+                or (self._moves(reader) and all(self._rounds_all(name) for name in reader.output if name))
+                for reader in readers
+            )
+        )
+
+    def reads_rounded(self, node: onnx.NodeProto) -> bool:
+        """Whether a node reads rounded values where they exist."""
+        if not self.rules.float_readers or node.name in self.chosen:
+            return True
+        return self._moves(node) and any(
+            self.reads_rounded(reader) for name in node.output for reader in self.graph.consumers(name)
+        )
 
     def _spared(self, node: onnx.NodeProto, inputs: list[str]) -> str | None:
         """The operand of a residual Add that stays unrounded, because a convolution's epilogue adds to it."""
@@ -359,9 +427,15 @@ class _Plan:
                 self._range_of(value) for value in values
             ]
             low, high = min(low for low, _ in own), max(high for _, high in own)
-            shared = qparams(low, high, self.activation)
+            asked = [self.schemes[name] for name in self._in_group(values) if name in self.schemes]
+            shared = qparams(low, high, asked[0] if asked else self.activation)
             for value in values:
                 self.parameters[value] = shared
+
+    def _in_group(self, values: list[str]) -> list[str]:
+        """The values, and the concatenation that ties them together."""
+        root = self.groups.root(values[0])
+        return [*values, *(name for name in self.schemes if name not in values and self.groups.root(name) == root)]
 
     def _enforced(self, node: onnx.NodeProto) -> bool:
         """Whether saturation to the integer range does what the Relu or Clip does."""
@@ -408,8 +482,9 @@ class _Writer:
             if activation is not None and activation.name in plan.dropped:
                 node.output[0] = activation.output[0]
             original = list(node.input)
+            rounds = plan.reads_rounded(plan.graph.node(node.name))
             for index, name in enumerate(original):
-                if name in self.renamed:
+                if name in self.renamed and rounds:
                     node.input[index] = self.renamed[name]
             if chosen:
                 self._operands(node, original)
@@ -609,6 +684,7 @@ def insert_qdq(
     quantize_outputs: bool | None = None,
     weight_method: Literal["minmax", "mse"] = "minmax",
     weight_scales: Mapping[str, Array] | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> Graph:
     """Write Q/DQ into a float graph.
 
@@ -624,6 +700,7 @@ def insert_qdq(
         quantize_outputs: Instead of the rules' `quantize_outputs`.
         weight_method: ``minmax`` or ``mse``.
         weight_scales: Initializer name to given scales (per output channel), instead of a search.
+        schemes: Value that a node reads -> scheme that it is to be rounded with, instead of `activation` (with ``round_outputs="read"``).
 
     Returns:
         The new graph; its operator set is raised to 21 where the integer types ask for it.
@@ -641,5 +718,5 @@ def insert_qdq(
     if weight.granularity is Granularity.BLOCK:
         needed = 21
     graph = raise_opset(graph, needed)
-    plan = _Plan(graph, ranges, activation, rules)
+    plan = _Plan(graph, ranges, activation, rules, schemes or {})
     return Graph(_Writer(plan, weight, weight_method, weight_scales or {}).write())

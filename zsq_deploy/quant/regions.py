@@ -37,7 +37,7 @@ class Term:
     """One summand of what is rounded.
 
     Attributes:
-        site: Name of the QuantizeLinear node whose rounded numbers are summed; empty for a layer.
+        site: Name of the QuantizeLinear node whose rounded numbers are summed; empty for a layer, and for the graph's input.
         layer: Name of the layer whose products are summed; empty for a site.
         divisor: The numbers are divided by this many (average pooling). 0: a product with something else, or otherwise not on a grid.
         sloped: Negative numbers are multiplied by a slope.
@@ -56,7 +56,8 @@ class Layer:
     Attributes:
         node: Name of the node.
         op: Its operator.
-        site: The site that it reads (directly, or through nodes that move numbers).
+        site: The site that it reads (directly, or through nodes that move numbers); of a concatenation the first one.
+        sites: All sites that it reads; they have one scale.
         weight: The quantized weight.
         codes: Name of the constant that holds the weight: integers, or floats in front of QuantizeLinear.
         axis: Axis of the weight that counts output channels.
@@ -70,6 +71,7 @@ class Layer:
     node: str
     op: str
     site: str
+    sites: tuple[str, ...]
     weight: QuantizedTensor
     codes: str
     axis: int
@@ -98,6 +100,10 @@ class Regions:
 
 
 _Alternatives = tuple[tuple[Term, ...], ...]
+
+
+def _interpolates(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Resize" and attributes(node).get("mode", "nearest") != "nearest"
 
 
 class _Reader:
@@ -138,8 +144,8 @@ class _Reader:
         weight = self.weights.get(node.input[1])
         if weight is None:
             return None
-        site = self._moved_site(node.input[0])
-        if site is None:
+        sites = self._moved_sites(node.input[0])
+        if not sites or len({self._same(site) for site in sites}) > 1:
             return None
         array = dequantized_weight(graph, node.input[1])
         found = attributes(node)
@@ -174,19 +180,27 @@ class _Reader:
             return self._leave(node, "its weight is computed")
         bias, place, name = self._bias(node, channels)
         taps = array.size // array.shape[axis]
-        return Layer(node.name, node.op_type, site, weight, codes, axis, channels, taps, bias, place, name)
+        return Layer(node.name, node.op_type, sites[0], sites, weight, codes, axis, channels, taps, bias, place, name)
 
-    def _leave(self, node: onnx.NodeProto, why: str) -> None:
+    def _leave(self, node: onnx.NodeProto, why: str) -> Layer | None:
         self.left.append(f"{node.name}: {why}")
+        return None
 
-    def _moved_site(self, value: str) -> str | None:
-        """The one site that a value comes from, through nodes that move numbers or choose among them."""
+    def _moved_sites(self, value: str) -> tuple[str, ...]:
+        """The sites that a value comes from, through nodes that move numbers or choose among them; empty if not only from sites."""
         while value not in self.site_of:
             node = self.graph.producer(value)
-            if node is None or not (node.op_type in _MOVING or node.op_type in _BOUNDED):
-                return None
+            if node is not None and node.op_type == "Concat":
+                parts = [self._moved_sites(name) for name in node.input]
+                return tuple(dict.fromkeys(site for part in parts for site in part)) if all(parts) else ()
+            if node is None or not (node.op_type in _MOVING or node.op_type in _BOUNDED) or _interpolates(node):
+                return ()
             value = node.input[0]
-        return self.site_of[value]
+        return (self.site_of[value],)
+
+    def _same(self, site: str) -> tuple[float, int, str]:
+        tensor = self.sites[site]
+        return float(tensor.scale), int(tensor.zero_point), tensor.dtype
 
     def _bias(
         self, node: onnx.NodeProto, channels: int
@@ -229,12 +243,12 @@ class _Reader:
             return ((Term(site=self.site_of[value]),),)
         node = self.graph.producer(value)
         if node is None:
-            return ((Term(divisor=0),),)
+            return ((Term(),),)
         if node.name in self.layers:
             return ((Term(layer=node.name),),)
         op = node.op_type
         if op in _BOUNDED or op in _MOVING:
-            if op == "Resize" and attributes(node).get("mode", "nearest") not in ("nearest", b"nearest"):
+            if _interpolates(node):
                 return self._off_grid(node)
             return self.terms(node.input[0])
         if op in _SLOPED:

@@ -27,7 +27,7 @@ from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.exact_scales import ACTIVATION_SIGNIFICANDS, Groups, snap_scale
 from zsq_deploy.quant.reader import QuantizedTensor, dequantized_weight
-from zsq_deploy.quant.regions import Layer, Regions, axis_form, read_regions
+from zsq_deploy.quant.regions import Layer, Regions, Term, axis_form, read_regions
 from zsq_deploy.quant.scheme import Scheme
 
 __all__ = ["Settled", "settle", "trailing_step"]
@@ -41,7 +41,10 @@ EXACT_BITS = 16
 """Sums below 2**8 codes that are multiples of 2**-16 are exact in float32."""
 
 COARSER = 1.13
-"""A weight scale may grow by this factor for the sake of the grid, as by 9/8 with ``b`` in {8 .. 15}."""
+"""A weight scale may grow by this factor for the sake of the half grid, as by 9/8 with ``b`` in {8 .. 15}."""
+
+COARSEST = 1.26
+"""And by this one for a grid on which float32 is exact at all."""
 
 NOISE = 0.08
 """It may grow by more where that adds an error to the layer's output whose standard deviation is below this share of a code."""
@@ -142,11 +145,7 @@ def settle(
         if doubtful:
             inexact[layer.node] = doubtful
     for site, alternatives in regions.behind.items():
-        if any(
-            term.divisor == 0 and not term.site or term.sloped or _uneven(term.divisor)
-            for terms in alternatives
-            for term in terms
-        ):
+        if any(_may_tie(term, site, grids) for terms in alternatives for term in terms):
             inexact[site] = 1
     net.touch()
     net.sweep()
@@ -154,8 +153,20 @@ def settle(
 
 
 def _uneven(divisor: int) -> bool:
-    """Whether division by it leaves the grid, and an odd part does not keep sums off ties either."""
-    return divisor > 1 and divisor & (divisor - 1) != 0
+    """Whether division by it leaves the grid."""
+    return divisor & (divisor - 1) != 0
+
+
+def _may_tie(term: Term, site: str, grids: Mapping[str, _Grid]) -> bool:
+    """Whether codes behind a summand may depend on the order of operations."""
+    if (term.divisor == 0 and not term.site) or term.sloped:
+        return True
+    if not _uneven(term.divisor):
+        return False
+    if not term.site or not term.divisor:
+        return True
+    # A sum S of codes gives S * ratio / n codes; a tie is 2 S ratio = n (2 m + 1), which more factors 2 on the left rule out.
+    return trailing_step(grids[term.site].scale / grids[site].scale) + 1 <= trailing_step(term.divisor)
 
 
 # -- activations --
@@ -171,6 +182,9 @@ def _choose_grids(regions: Regions, activation: Scheme) -> dict[str, _Grid]:
                     groups.union(site, term.site)
                 elif term.layer:
                     groups.union(site, by_layer.setdefault(term.layer, site))
+    for layer in regions.layers.values():
+        for site in layer.sites[1:]:
+            groups.union(layer.site, site)
     members: dict[str, list[str]] = {}
     for site in regions.sites:
         members.setdefault(groups.find(site), []).append(site)
@@ -340,19 +354,21 @@ def _weight_scale(old: float, need: _Need, x: float, taps: int, bits: int) -> fl
     y, a = need.output, need.significand
     if not (old > 0 and math.isfinite(old)):
         return old
-    exponent = math.floor(math.log2(old / a))
+    # What no input can bring to a hundredth of a code may have any scale: all its weights become 0 at this one.
+    least = max(old, y / x * 2.0**-28)
+    exponent = math.floor(math.log2(least / a))
     # A channel with weights far below one code of the output may get a scale that is far too large for it.
-    candidates = sorted({a * b * 2.0**e for b in range(8, 16) for e in range(exponent - 5, exponent + 30)})
-    candidates = [scale for scale in candidates if scale >= old]
+    candidates = sorted({a * b * 2.0**e for b in range(8, 16) for e in range(exponent - 5, exponent + 18)})
+    candidates = [scale for scale in candidates if scale >= least]
 
     def noise(scale: float) -> float:
         return scale * x / y * math.sqrt(taps / 12.0) * _CODE_RMS
 
-    for allowed in (bits, EXACT_BITS):
+    for allowed, coarser in ((bits, COARSER), (EXACT_BITS, COARSER), (EXACT_BITS, COARSEST)):
         for scale in candidates:
             if trailing_step(x * scale / y) < -allowed:
                 continue
-            if scale <= COARSER * old or noise(scale) ** 2 - noise(old) ** 2 <= NOISE**2:
+            if scale <= coarser * old or noise(scale) ** 2 - noise(old) ** 2 <= NOISE**2:
                 return scale
     return candidates[0]
 
