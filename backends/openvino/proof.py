@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,18 @@ from zsq_deploy.quant.reader import is_dequantize, is_quantize
 if TYPE_CHECKING:
     from zsq_deploy.backends.openvino.runner import OvRunner
 
-__all__ = ["Layer", "kernels", "layers", "model_macs"]
+__all__ = ["VALUES", "Layer", "kernels", "layers", "model_macs"]
 
 Array = npt.NDArray[Any]
 
+VALUES = " x values"
+"""Appended to the name of an attention operator: its second product, of probabilities and values."""
+
 _CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 _PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_ABSORBED = ("Add", "Multiply", "Subtract", "Relu", "Clamp", "Gelu", "FakeQuantize", "Sigmoid", "Swish")
+"""What a product's kernel can compute on its results."""
+
 _REPEATS = 40
 _WARMUP = 8
 
@@ -119,10 +125,20 @@ def _sizes(shape: Any) -> list[int] | None:
 
 
 def model_macs(model: Any) -> dict[str, int]:
-    """Multiply-accumulates of every convolution and product of a model with fixed shapes: operator name -> count of one batch."""
+    """Multiply-accumulates of every convolution and product of a model with fixed shapes: operator name -> count of one batch.
+
+    The two products of an attention operator are counted apart: ``NAME`` (queries and keys) and ``NAME`` + :data:`VALUES`.
+    """
     found: dict[str, int] = {}
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
+        if kind == "ScaledDotProductAttention":
+            query, key, value = (_sizes(node.input(place).get_partial_shape()) for place in range(3))
+            if query and key and value:
+                pairs = math.prod(query[:-1]) * key[-2]
+                found[str(node.get_friendly_name())] = pairs * query[-1]
+                found[f"{node.get_friendly_name()}{VALUES}"] = pairs * value[-1]
+            continue
         if kind not in (*_CONVOLUTIONS, "MatMul"):
             continue
         source, weight = (_sizes(node.input(place).get_partial_shape()) for place in (0, 1))
@@ -188,32 +204,36 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
     macs = model_macs(model)
     operators = {str(node.get_friendly_name()): node for node in model.get_ordered_ops()}
     known = _network_nodes(loaded.path)
+    behind = _names_behind(operators, macs)
     left = dict(macs)
     records = []
     for layer in executed:
         stands_for = [name for name in _candidates(layer) if name in left]
-        count = sum(left.pop(name) for name in dict.fromkeys(stands_for))
+        if not stands_for and layer.kind in _PRODUCTS:  # it goes by the name of the bias or factor that it took in
+            stands_for = [behind[name] for name in _candidates(layer) if behind.get(name) in left][:1]
+        values = [f"{name}{VALUES}" for name in stands_for if f"{name}{VALUES}" in left]
+        count = sum(left.pop(name) for name in stands_for)
         if layer.microseconds is None and not count:
             continue  # folded into a neighbour, or nothing but another view of the same memory
-        reason = ""
+        record = KernelRecord(
+            node=layer.name,
+            op=f"{layer.kind} {layer.primitive}" if layer.primitive else layer.kind,
+            integer=layer.integer,
+            microseconds=layer.microseconds or 0.0,
+            sources=_sources(layer, known),
+            macs=count // batch,
+        )
+        if values:
+            records.extend(_attention(record, layer, sum(left.pop(name) for name in values) // batch, loaded.mode))
+            continue
         if not layer.integer:
             product = operators[stands_for[0]] if stands_for else None
-            reason = _mode_reason(loaded.mode) or _reason(layer, product)
-        records.append(
-            KernelRecord(
-                node=layer.name,
-                op=f"{layer.kind} {layer.primitive}" if layer.primitive else layer.kind,
-                integer=layer.integer,
-                microseconds=layer.microseconds or 0.0,
-                sources=_sources(layer, known),
-                macs=count // batch,
-                reason=reason,
-            )
-        )
+            record = replace(record, reason=_mode_reason(loaded.mode) or _reason(layer, product))
+        records.append(record)
     records.extend(
         KernelRecord(
             node=name,
-            op=str(operators[name].get_type_name()),
+            op=str(operators[name.removesuffix(VALUES)].get_type_name()),
             integer=False,
             microseconds=0.0,
             sources=_sources(Layer(name, "", "", "", (), (name,), None), known),
@@ -224,6 +244,38 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
         if count
     )
     return records
+
+
+def _attention(record: KernelRecord, layer: Layer, values: int, mode: str) -> list[KernelRecord]:
+    """The two products of an attention layer: the first may be of integers, the second reads probabilities.
+
+    The time of the layer, softmax included, goes to the float part if there is one.
+    """
+    first = layer.integer and any("Dequantization" in name for name in layer.originals)
+    second = first and any("Softmax" in name and "Dequantization" in name for name in layer.originals)
+    if first == second:
+        reason = (
+            "" if first else _mode_reason(mode) or "attention: its queries, keys and probabilities are not quantized"
+        )
+        return [replace(record, integer=first, macs=record.macs + values, reason=reason)]
+    reason = "attention: the probabilities that the softmax gives are not quantized"
+    return [
+        replace(record, integer=True, microseconds=0.0),
+        replace(record, node=f"{record.node}{VALUES}", integer=False, macs=values, reason=reason),
+    ]
+
+
+def _names_behind(operators: Mapping[str, Any], macs: Mapping[str, int]) -> dict[str, str]:
+    """Name of an operator that can be computed within the product in front of it -> name of that product."""
+    found: dict[str, str] = {}
+    for name in macs:
+        node = operators.get(name)
+        while node is not None:
+            readers = [port.get_node() for port in node.output(0).get_target_inputs()]
+            node = readers[0] if len(readers) == 1 and readers[0].get_type_name() in _ABSORBED else None
+            if node is not None:
+                found.setdefault(str(node.get_friendly_name()), name)
+    return found
 
 
 def _candidates(layer: Layer) -> list[str]:
