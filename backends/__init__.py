@@ -76,6 +76,9 @@ class Backend(Protocol):
     def float_modes(self, target: Target) -> Mapping[str, Mapping[str, Any]]:
         """The float modes that the device offers; the fastest is the fair baseline."""
 
+    def device_facts(self, target: Target, *, threads: int = ...) -> Mapping[str, Any]:
+        """What the runtime says of the device that it measures the target on, as JSON values for the report."""
+
     def missing_features(self, target: Target) -> tuple[str, ...]:
         """What this machine lacks to measure the target."""
 

@@ -10,7 +10,7 @@ from zsq_deploy.backends.onnxruntime.choose import Choice, candidates, choose
 from zsq_deploy.backends.onnxruntime.lint import Finding, lint
 from zsq_deploy.backends.onnxruntime.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
 from zsq_deploy.backends.onnxruntime.quantizer import build
-from zsq_deploy.backends.onnxruntime.runner import float_modes, missing_features, runner
+from zsq_deploy.backends.onnxruntime.runner import device_facts, float_modes, missing_features, runner
 from zsq_deploy.backends.onnxruntime.summary import summarize
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "calibrate",
     "candidates",
     "choose",
+    "device_facts",
     "float_modes",
     "integer_reference",
     "lint",

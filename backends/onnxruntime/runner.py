@@ -16,7 +16,16 @@ import onnxruntime as ort
 from zsq_deploy.backends.base import KernelRecord, Target
 from zsq_deploy.errors import EngineError, UsageError
 
-__all__ = ["Mode", "OrtRunner", "cpu_features", "float_modes", "missing_features", "runner", "session_options"]
+__all__ = [
+    "Mode",
+    "OrtRunner",
+    "cpu_features",
+    "device_facts",
+    "float_modes",
+    "missing_features",
+    "runner",
+    "session_options",
+]
 
 Array = npt.NDArray[Any]
 Mode = Literal["engine", "unfused", "float"]
@@ -177,6 +186,18 @@ def float_modes(target: Target) -> dict[str, dict[str, str]]:
     if target.name == "ort-arm64" and "bf16" in cpu_features():
         modes["float32, bf16 products"] = {"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}
     return modes
+
+
+def device_facts(target: Target, *, threads: int = 1) -> dict[str, Any]:
+    """What is known of the device that the target is measured on here, for the report."""
+    return {
+        "device": "CPU",
+        "provider": "CPUExecutionProvider",
+        "precision of float": "float32",
+        "float modes": list(float_modes(target)),
+        "threads": threads,
+        **({"session": dict(target.session)} if target.session else {}),
+    }
 
 
 @cache

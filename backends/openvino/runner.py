@@ -17,7 +17,17 @@ from zsq_deploy.backends.openvino.runtime import core, cpu_features, devices, ve
 from zsq_deploy.backends.openvino.targets import DEVICE
 from zsq_deploy.errors import EngineError, UsageError
 
-__all__ = ["Mode", "OvRunner", "device_of", "float_modes", "missing_features", "open_runner", "properties", "runner"]
+__all__ = [
+    "Mode",
+    "OvRunner",
+    "device_facts",
+    "device_of",
+    "float_modes",
+    "missing_features",
+    "open_runner",
+    "properties",
+    "runner",
+]
 
 Array = npt.NDArray[Any]
 Mode = Literal["engine", "unfused", "float"]
@@ -270,6 +280,23 @@ def float_modes(target: Target) -> dict[str, dict[str, str]]:
         if capability in offered:
             modes[f"{hint} products"] = {"INFERENCE_PRECISION_HINT": hint}
     return modes
+
+
+def device_facts(target: Target, *, threads: int = 1) -> dict[str, Any]:
+    """What OpenVINO says of the device that the target is measured on here, for the report.
+
+    The precision hint is what layers that stay in float are computed in; the modes are those of :func:`float_modes`.
+    """
+    device = device_of(target)
+    session = properties(target, threads=threads)
+    return {
+        "device": device,
+        "name": str(core().get_property(device, "FULL_DEVICE_NAME")).strip(),
+        "capabilities": [str(item) for item in core().get_property(device, "OPTIMIZATION_CAPABILITIES")],
+        "precision of float": session["INFERENCE_PRECISION_HINT"],
+        "float modes": list(float_modes(target)),
+        "session": {name: value if isinstance(value, int | bool) else str(value) for name, value in session.items()},
+    }
 
 
 def missing_features(target: Target) -> tuple[str, ...]:

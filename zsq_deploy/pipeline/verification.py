@@ -23,6 +23,7 @@ from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant import read_qdq
 from zsq_deploy.report.build import (
     accuracy_section,
+    engine_section,
     file_section,
     integer_section,
     latency_section,
@@ -220,11 +221,17 @@ def verify_engine(
         "summary": target.summary,
         "activation": str(target.activation),
         "weight": str(target.weight),
-        "engine": {
-            **file_section(engine.path, root),
-            "qdq_path": file_section(engine.qdq_path, root)["path"],
-            "choices": dict(engine.choices),
-        },
+        "device": dict(backend.device_facts(target, threads=threads)),
+        "engine": engine_section(
+            engine.path,
+            root,
+            qdq_path=engine.qdq_path,
+            bytes=engine.bytes,
+            quantizer=str(engine.choices.get("quantizer") or target.runtime),
+            choices=engine.choices,
+            weights_path=engine.weights_path,
+            vendor_path=engine.vendor_path,
+        ),
         "float_model": file_section(engine.float_path, root),
         "integer": integer_section(proof),
         "parity": parity_section(evaluation, divergence),
@@ -298,15 +305,17 @@ def measure_latency(
     backend = get_backend(engine.target)
     preload: Sequence[str] = (f"zsq_deploy.backends.{engine.target.runtime}.runner",)
 
-    def spec(path: Path, mode: str, session: Mapping[str, Any] | None = None) -> RunnerSpec:
+    def spec(path: Path, mode: str, words: str, session: Mapping[str, Any] | None = None) -> RunnerSpec:
         arguments: dict[str, Any] = {"path": str(path), "target": engine.target.name, "threads": threads, "mode": mode}
         if session:
             arguments["session"] = dict(session)
-        words = {"engine": "integer engine, everything fused", "float": "float network, all optimizations, fp32"}
-        return RunnerSpec(factory, arguments, feeds=sample, threads=threads, mode=words[mode], preload=preload)
+        return RunnerSpec(factory, arguments, feeds=sample, threads=threads, mode=words, preload=preload)
 
-    specs = {"engine": spec(engine.path, "engine"), "float32": spec(engine.float_path, "float")}
+    specs = {
+        "engine": spec(engine.path, "engine", "integer engine, everything fused"),
+        "float32": spec(engine.float_path, "float", "float network, all optimizations, fp32"),
+    }
     for name, session in backend.float_modes(engine.target).items():
         if name not in specs:
-            specs[name] = spec(engine.float_path, "float", session)
+            specs[name] = spec(engine.float_path, "float", f"float network, all optimizations, {name}", session)
     return latency_section(compare_latency(specs, rounds=rounds, progress=progress))

@@ -15,7 +15,7 @@ from typing import Any
 
 from zsq_deploy import __version__
 from zsq_deploy.artifact import digest_file
-from zsq_deploy.report.schema import SCHEMA_VERSION, Report, parse
+from zsq_deploy.report.schema import SCHEMA_VERSION, AccuracyControl, Report, parse
 from zsq_deploy.verify.accuracy import Evaluation
 from zsq_deploy.verify.divergence import Divergence, TensorDifference
 from zsq_deploy.verify.gates import GateResult, Gates, evaluate_gates
@@ -25,6 +25,7 @@ from zsq_deploy.verify.proof import IntegerProof
 
 __all__ = [
     "accuracy_section",
+    "engine_section",
     "environment_section",
     "file_section",
     "finish",
@@ -44,6 +45,52 @@ def file_section(path: Path, root: Path) -> dict[str, Any]:
     path, root = Path(path), Path(root)
     shown = path.resolve().relative_to(root.resolve()) if path.resolve().is_relative_to(root.resolve()) else path
     return {"path": shown.as_posix(), "bytes": path.stat().st_size, "sha256": digest_file(path)}
+
+
+def engine_section(
+    path: Path,
+    root: Path,
+    *,
+    qdq_path: Path,
+    bytes: int,  # noqa: A002 - the word of the schema
+    quantizer: str,
+    choices: Mapping[str, Any],
+    weights_path: Path | None = None,
+    vendor_path: Path | None = None,
+) -> dict[str, Any]:
+    """``targets.<T>.engine``: its files, who quantized it, and what accuracy control did.
+
+    Args:
+        path: What the runtime loads.
+        root: The output folder; paths are relative to it.
+        qdq_path: The Q/DQ graph.
+        bytes: Size with weights.
+        quantizer: Who quantized.
+        choices: How it was built; ``decided.accuracy_control`` is shown in a part of its own.
+        weights_path: The weights, where they are apart.
+        vendor_path: The engine as a vendor's quantizer wrote it.
+    """
+
+    def file(path: Path | None) -> dict[str, Any] | None:
+        return None if path is None or not path.is_file() else file_section(path, root)
+
+    control = dict(choices.get("decided") or {}).get("accuracy_control")
+    if control is not None:
+        control = {key: control.get(key) for key in AccuracyControl.model_fields if key != "float_"}
+        control["float"] = (choices["decided"]["accuracy_control"]).get("float")
+        returned = control["returned_to_float"] or {}
+        control["returned_to_float"] = [{"node": node, "reason": str(why)} for node, why in returned.items()]
+        control = {key: value for key, value in control.items() if value is not None}
+    return {
+        **file_section(path, root),
+        "bytes": bytes,
+        "qdq_path": file_section(qdq_path, root)["path"],
+        "quantizer": quantizer,
+        "weights": file(weights_path),
+        "vendor": file(vendor_path),
+        "accuracy_control": control,
+        "choices": dict(choices),
+    }
 
 
 def accuracy_section(evaluation: Evaluation) -> dict[str, Any]:

@@ -330,6 +330,37 @@ def _accuracy_texts(accuracy: AccuracySection) -> list[str]:
     return [words.quality(value, accuracy.metric) for value in (accuracy.float_, accuracy.reference, accuracy.engine)]
 
 
+def _files(target: TargetSection) -> list[tuple[str, str]]:
+    """The engine's files."""
+    engine = target.engine
+    rows = [("File", engine.path), ("Size", words.bytes_text(engine.bytes)), ("SHA-256", engine.sha256)]
+    if engine.weights is not None:
+        rows.append(("Weights", f"{engine.weights.path}, {words.bytes_text(engine.weights.bytes)}"))
+    if engine.quantizer:
+        rows.append(("Quantized by", engine.quantizer))
+    if engine.vendor is not None:
+        rows.append(("As the vendor wrote it", engine.vendor.path))
+    return rows
+
+
+def _control(target: TargetSection) -> list[tuple[str, str]]:
+    """What accuracy control measured."""
+    control = target.engine.accuracy_control
+    if control is None:
+        return []
+    rows = [
+        ("Metric", control.metric),
+        ("Samples", words.count(control.samples)),
+        ("Largest drop allowed", f"{_value(control.max_drop)} ({control.drop_type})"),
+        ("Float network", _value(control.float_)),
+        ("Everything quantized", _value(control.quantized)),
+        ("In the end", _value(control.final)),
+    ]
+    if control.reached is not None:
+        rows.append(("Kept", "yes" if control.reached else "no: the allowed drop was not reached"))
+    return rows
+
+
 def _target(report: Report, name: str, target: TargetSection, index: int) -> dict[str, Any]:
     slug = _slug(name, index)
     accuracy = target.accuracy
@@ -356,6 +387,9 @@ def _target(report: Report, name: str, target: TargetSection, index: int) -> dic
         "references": _references(target),
         "kernels": _kernels(target),
         "choices": _flat(target.engine.choices),
+        "files": _files(target),
+        "device": _flat(target.device),
+        "control": _control(target),
         "runners": [
             (label, numbers)
             for label, numbers in (

@@ -25,6 +25,7 @@ from zsq_deploy.errors import StaleArtifactError, ZsqError
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AccuracyControl",
     "AccuracySection",
     "BaselineRow",
     "CalibrationSection",
@@ -44,6 +45,7 @@ __all__ = [
     "ParitySection",
     "Preview",
     "Report",
+    "ReturnedLayer",
     "TargetSection",
     "Verdict",
     "json_schema",
@@ -175,10 +177,40 @@ class FileInfo(_Section):
     sha256: str = Field("", description="Digest of its content.")
 
 
+class ReturnedLayer(_Section):
+    """A layer that accuracy control returned to float."""
+
+    node: str = Field(description="Its name in the network.")
+    reason: str = Field(description="Why.")
+
+
+class AccuracyControl(_Section):
+    """What accuracy control measured, and what it returned to float."""
+
+    metric: str = Field(description="What was measured, and on which images.")
+    samples: Count | None = Field(None, description="Number of samples or batches.")
+    max_drop: Amount | None = Field(None, description="Largest drop that was allowed.")
+    drop_type: str = Field("absolute", description="How the drop counts: `absolute` or `relative`.")
+    float_: Number | None = Field(None, alias="float", description="The metric of the float network.")
+    quantized: Number | None = Field(None, description="The metric with everything quantized.")
+    final: Number | None = Field(None, description="The metric in the end.")
+    reached: bool | None = Field(None, description="The allowed drop is kept.")
+    returned_to_float: list[ReturnedLayer] = Field(default_factory=list, description="Layers that went back to float.")
+
+
 class EngineSection(FileInfo):
     """The engine file and how it was made."""
 
     path: str = Field(description="The file that the runtime loads, relative to the report.")
+    bytes: Count = Field(description="Size of what is shipped: the file, and its weights where they are kept apart.")
+    quantizer: str = Field("", description="Who quantized: `onnxruntime`, `qdq` (our Q/DQ graph), `nncf`, `pot`.")
+    weights: FileInfo | None = Field(None, description="The file of the weights, where the runtime keeps them apart.")
+    vendor: FileInfo | None = Field(
+        None, description="The engine as the vendor's quantizer wrote it, kept beside ours."
+    )
+    accuracy_control: AccuracyControl | None = Field(
+        None, description="Accuracy control, where a quantizer was asked for it."
+    )
     qdq_path: str | None = Field(None, description="The Q/DQ graph that says what the engine computes.")
     choices: dict[str, Any] = Field(
         default_factory=dict,
@@ -397,6 +429,10 @@ class TargetSection(_Section):
     summary: str = Field("", description="What the target is.")
     activation: str = Field("", description="Scheme of activations.")
     weight: str = Field("", description="Scheme of weights.")
+    device: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the runtime says of the device that it was measured on: name, precisions, properties of the session.",
+    )
     engine: EngineSection = Field(description="The engine file.")
     float_model: FileInfo | None = Field(None, description="The float network as a file, batch norm folded.")
     integer: IntegerSection = Field(

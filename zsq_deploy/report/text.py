@@ -84,6 +84,7 @@ def summary(report: Report) -> RenderableType:
         ("latency, best float mode", _time("float_best")),
         ("latency, fp32", _time("float32")),
         ("speed-up over fp32", lambda target: words.times(target.latency.speedup)),
+        ("quantized by", lambda target: target.engine.quantizer or words.NOTHING),
         ("engine file", lambda target: words.bytes_text(target.engine.bytes)),
         ("smaller than float", _smaller),
         ("MACs in integer kernels", lambda target: words.percent(target.integer.macs_share)),
