@@ -13,12 +13,32 @@ from rich.table import Table
 
 from zsq_deploy import __version__
 from zsq_deploy.backends import TARGETS, get_backend
+from zsq_deploy.backends.openvino.pot.environment import list_environments
 from zsq_deploy.errors import ZsqError
 from zsq_deploy.verify import machine_info
 
 __all__ = ["examine", "print_examination"]
 
-_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "safetensors", "timm")
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "numpy",
+    "safetensors",
+    "timm",
+)
+
+_EXTRAS = {
+    "openvino": ("openvino", "the targets openvino-cpu, openvino-gpu, openvino-npu cannot be built"),
+    "nncf": ("openvino", "--quantizer nncf is not there; our own Q/DQ graphs and POT still are"),
+    "onnxruntime": ("onnxruntime", "the targets ort-* cannot be built"),
+    "timm": ("timm", "networks cannot be named timm:NAME"),
+}
+"""Optional package -> the extra that installs it, and what is missing without it."""
 
 
 def _version(name: str) -> str | None:
@@ -31,6 +51,7 @@ def _version(name: str) -> str | None:
 def examine() -> dict[str, Any]:
     """Everything that `zsq doctor` tells, as JSON values."""
     targets = {}
+    facts: dict[str, dict[str, Any]] = {}
     for name, target in TARGETS.items():
         row: dict[str, Any] = {
             "summary": target.summary,
@@ -42,15 +63,18 @@ def examine() -> dict[str, Any]:
             "notes": list(target.notes),
         }
         try:
-            missing = get_backend(target).missing_features(target)
+            backend = get_backend(target)
+            missing = backend.missing_features(target)
         except ZsqError as error:
             row.update(builds=False, measures=False, missing=[error.what])
             row["notes"].append(error.remedy or "")
         else:
             if missing:
                 row["measures"] = False
-                row["missing"] = [f"CPU feature {feature}" for feature in missing]
-                row["notes"].append("engines are built here; measure them on a machine that has the feature")
+                row["missing"] = [item if " " in item else f"CPU feature {item}" for item in missing]
+                row["notes"].append("engines are built here; measure them on a machine that has it")
+            if row["builds"] and target.runtime not in facts:
+                facts[target.runtime] = dict(backend.device_facts(target))
         targets[name] = row
     cuda = torch.cuda.is_available()
     return {
@@ -64,7 +88,18 @@ def examine() -> dict[str, Any]:
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         },
         "synthesis_device": "cuda" if cuda else "cpu",
+        "environments": [
+            {
+                "name": item.name,
+                "state": item.state,
+                "folder": str(item.folder),
+                "summary": item.summary,
+                "detail": item.detail,
+            }
+            for item in list_environments()
+        ],
         "targets": targets,
+        "runtimes": facts,
     }
 
 
@@ -81,9 +116,23 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
     say(f"CUDA: {', '.join(devices) or 'none; images are made on the CPU, which takes longer'}")
     say("packages: " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version))
     absent = [name for name, version in found["packages"].items() if not version]
-    if absent:
-        extras = ", ".join(f"pip install 'zsq-deploy[{name}]'" for name in absent)
-        say(f"not installed (optional): {', '.join(absent)}; to have it: {extras}")
+    for name in absent:
+        extra, cost = _EXTRAS.get(name, (name, "some of the work cannot be done"))
+        say(f"not installed: {name}: {cost}; to have it: pip install 'zsq-deploy[{extra}]'")
+    for item in found["environments"]:
+        if item["state"] == "ready":
+            say(f"environment {item['name']}: ready ({item['summary']}; {item['detail']})")
+        else:
+            say(
+                f"environment {item['name']}: {item['state']} ({item['summary']}): --quantizer {item['name']} is not there; "
+                f"to have it: zsq env create {item['name']}"
+            )
+    for name, row in found["runtimes"].items():
+        if "capabilities" in row:
+            say(
+                f"{name}: {row['device']} ({row['name']}), computes {', '.join(row['capabilities'])}; float networks in "
+                f"{', '.join(row['float modes'])}"
+            )
     say()
     table = Table(title="targets", title_justify="left")
     for column in ("--target", "builds", "latency is real here", "activations", "weights"):
