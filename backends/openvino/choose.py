@@ -43,10 +43,12 @@ def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -
     """
     del graph, target
     base = base or BuildOptions()
+    if base.weight_only is not None:
+        return [base.with_(label=base.weight_only)]
     if base.quantizer != "auto":
         return [base.with_(label=base.quantizer)]
     found = [base.with_(quantizer="qdq", label="qdq")]
-    if base.op_types is None and base.bits == "w8a8" and not base.quantize_outputs:
+    if base.op_types is None and not base.quantize_outputs:
         found.append(base.with_(quantizer="nncf", label="nncf"))
     return found
 

@@ -3,8 +3,7 @@
 OpenVINO's CPU plugin has no 4-bit convolution. A DequantizeLinear that reads INT4 directly makes it compute in float; with a Cast to
 INT8 in between, its low-precision transformations see an 8-bit weight, fold the Cast when the engine is loaded, and run every
 convolution in the same int8 kernels as with 8-bit weights, at the same speed. What is saved is the file: half of what 8-bit weights
-take. The Cast survives only if the graph is read with ``Core.read_model`` (``openvino.convert_model`` folds it, and the file is as large
-as before).
+take. OpenVINO's converter folds the Cast, and the IR would be as large as before; :func:`pack` puts it back.
 
 Weights are symmetric per output channel in -7 .. 7. With 15 codes the scale matters: the default takes, channel by channel, the one with
 the smallest squared error.
@@ -12,6 +11,7 @@ the smallest squared error.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from zsq_deploy.backends.openvino.runtime import ov
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.quant.fakequant import weight_qparams
@@ -28,7 +29,7 @@ from zsq_deploy.quant.qdq import raise_opset, weight_axis
 from zsq_deploy.quant.reader import dequantized_weight, is_dequantize, is_quantize, read_qdq
 from zsq_deploy.quant.scheme import Granularity, Scheme
 
-__all__ = ["FOUR_BITS", "Int4Storage", "int4_storage", "store_int4"]
+__all__ = ["FOUR_BITS", "Int4Storage", "float_weights", "int4_storage", "pack", "store_int4"]
 
 Array = npt.NDArray[Any]
 
@@ -199,6 +200,52 @@ def _write(
     del dequantize.attribute[:]
     dequantize.attribute.append(onnx.helper.make_attribute("axis", axis))
     net.touch()
+
+
+def pack(ir: Any) -> int:
+    """Store the 8-bit constants of an OpenVINO model whose numbers fit into 4 bits as INT4 behind a Convert, in place.
+
+    Only constants that are rescaled right away (weights) are looked at; no number changes.
+
+    Returns:
+        How many constants were packed.
+    """
+    opset = importlib.import_module("openvino.opset13")
+    packed = 0
+    for node in ir.get_ordered_ops():
+        if node.get_type_name() != "Constant" or str(node.get_element_type().get_type_name()) != "i8":
+            continue
+        readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+        codes = np.asarray(node.data)
+        if codes.ndim < 2 or any(reader.get_type_name() != "Convert" for reader in readers):
+            continue
+        if not codes.size or codes.min() < -8 or codes.max() > 7:
+            continue
+        octets = codes.reshape(-1).view(np.uint8) & 15
+        octets = np.append(octets, np.zeros(codes.size % 2, np.uint8)).reshape(-1, 2)
+        tensor = ov.Tensor(
+            ov.Type.i4, ov.Shape(list(codes.shape))
+        )  # owns its memory: a constant of a numpy array would not
+        tensor.data[:] = (octets[:, 0] | (octets[:, 1] << 4)).view(tensor.data.dtype)
+        narrow = opset.constant(tensor, name=node.get_friendly_name())
+        wide = opset.convert(narrow, "i8", name=f"{node.get_friendly_name()}/int8")
+        for target in list(node.output(0).get_target_inputs()):
+            target.replace_source_output(wide.output(0))
+        packed += 1
+    return packed
+
+
+def float_weights(qdq: Graph) -> dict[str, Array]:
+    """The float constants behind the weights of a Q/DQ graph that are not stored as integers yet, by name."""
+    found: dict[str, Array] = {}
+    for node in qdq:
+        if node.op_type in _WEIGHTED and len(node.input) > 1:
+            maker = qdq.producer(node.input[1])
+            name = _constant_behind(qdq, maker) if maker is not None and is_dequantize(maker) else None
+            constant = None if name is None else qdq.constant(name)
+            if name is not None and constant is not None and constant.dtype.kind == "f":
+                found[name] = constant
+    return found
 
 
 def int4_storage(qdq: Graph) -> Int4Storage:

@@ -34,9 +34,11 @@ QUANTIZERS: tuple[str, ...] = ("auto", "qdq", "nncf", "pot")
 CALIBRATORS: tuple[str, ...] = ()
 """The runtime's own calibrators, as range methods: none (NNCF and POT are quantizers, not calibrators)."""
 
-BITS: tuple[str, ...] = ("w8a8", "w4a8")
-"""Bits of weights and activations that can be asked for; ``w4a8`` stores 4-bit weights and computes in 8 bits."""
+BITS: tuple[str, ...] = ("w8a8", "w4a8", "w8a32", "w4a32")
+"""Bits of weights and activations that can be asked for; ``w4a8`` stores 4-bit weights and computes in 8 bits, ``w8a32`` and ``w4a32``
+compress weights only."""
 
+_WEIGHT_ONLY = {"w8a32": "int8_sym", "w4a32": "int4_sym"}
 
 RANGE_ESTIMATORS: tuple[str | None, ...] = (
     "minmax",
@@ -93,6 +95,7 @@ class NncfOptions:
         tune_parameters: Accuracy control also searches quantization parameters first.
         per_channel_activations: Let NNCF give depthwise convolutions one activation scale a channel, as it does by default; OpenVINO's
             CPU plugin then computes them in float.
+        group_size: Weight-only compression to 4 bits: how many numbers share a scale (-1: one scale a channel); ``None``: NNCF's choice.
     """
 
     preset: Literal["performance", "mixed"] | None = "mixed"
@@ -117,6 +120,7 @@ class NncfOptions:
     max_iterations: int | None = None
     tune_parameters: bool = False
     per_channel_activations: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.preset, ("performance", "mixed", None), "nncf.preset")
@@ -124,6 +128,8 @@ class NncfOptions:
         _one_of(self.target_device, ("CPU", "GPU", "NPU", "ANY", "CPU_SPR", None), "nncf.target_device")
         _one_of(self.overflow_fix, ("disable", "enable", "first_layer_only", None), "nncf.overflow_fix")
         _one_of(self.drop_type, ("absolute", "relative"), "nncf.drop_type")
+        if self.group_size != -1:
+            _positive(self.group_size, "nncf.group_size")
         _one_of(self.activations_range, RANGE_ESTIMATORS, "nncf.activations_range")
         _one_of(self.weights_range, RANGE_ESTIMATORS, "nncf.weights_range")
         if not 0.0 < self.range_quantile < 0.5:
@@ -186,9 +192,10 @@ class BuildOptions:
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
         weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
         weight_scales: Learned weight scales per output channel: initializer name -> float array (our Q/DQ graph only).
-        bits: ``w8a8``, or ``w4a8``: weights stored in 4 bits, computed in 8.
-        compress_weights: Beside quantization: compress the weights of matrix products that stay in float with
-            ``nncf.compress_weights`` (``int8_sym``, ``int8_asym``, ``int4_sym``, ``int4_asym``), or ``None``.
+        bits: ``w8a8``; ``w4a8``: weights stored in 4 bits, computed in 8; ``w8a32``, ``w4a32``: NNCF compresses the weights, arithmetic is
+            float32 and `quantizer` does not matter.
+        compress_weights: Instead of quantization: compress the weights with ``nncf.compress_weights`` in this mode (``int8_sym``,
+            ``int8_asym``, ``int4_sym``, ``int4_asym``); ``None``: what `bits` says.
         nncf: What NNCF is told.
         pot: What POT is told.
         label: Short name in reports.
@@ -223,6 +230,11 @@ class BuildOptions:
             ("int8_sym", "int8_asym", "int4_sym", "int4_asym", None),
             "BuildOptions.compress_weights",
         )
+
+    @property
+    def weight_only(self) -> str | None:
+        """The mode in which weights are compressed while activations stay float; ``None``: the network is quantized."""
+        return self.compress_weights or _WEIGHT_ONLY.get(self.bits.lower())
 
     def with_(self, **changes: Any) -> BuildOptions:
         """A copy with some fields changed."""

@@ -27,9 +27,11 @@ from zsq_deploy.artifact import atomic_path, digest_bytes, digest_file, digest_j
 from zsq_deploy.backends.base import Engine, Target, ValidationData
 from zsq_deploy.backends.openvino.convert import convert, read, save, weights_of
 from zsq_deploy.backends.openvino.design import Design
+from zsq_deploy.backends.openvino.int4 import float_weights, int4_storage, pack, store_int4
 from zsq_deploy.backends.openvino.merging import drop_merged_pairs
 from zsq_deploy.backends.openvino.options import BuildOptions
 from zsq_deploy.backends.openvino.runtime import version
+from zsq_deploy.backends.openvino.weight_only import design_weight_only
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model.graph import Graph
@@ -99,7 +101,7 @@ def build(
     folded: Graph = model.folded().graph
     check_provenance(model, folded, ranges, calibration)
     check_exclusions(folded, options.exclude)
-    if options.quantizer in ("nncf", "pot") and calibration is None:
+    if options.quantizer in ("nncf", "pot") and calibration is None and options.weight_only is None:
         raise CalibrationError(
             f"{options.quantizer.upper()} reads a calibration set, and none was given",
             where="--quantizer",
@@ -118,7 +120,10 @@ def build(
         task.advance(step=options.quantizer)
         design = _design(model, ranges, calibration, target, options, folder, validation, probes, progress)
         task.advance(step="scales")
-        qdq, record = _finish(design, folded, target, options)
+        if options.weight_only is None:
+            qdq, record = _finish(design, folded, target, options)
+        else:
+            qdq, record = design.qdq, {"notes": list(design.notes)}
         qdq_path = folder / "qdq.onnx"
         _write(qdq, qdq_path)
         task.advance(step="convert")
@@ -127,7 +132,10 @@ def build(
         if keeps and design.vendor_ir is not None:
             save(read(design.vendor_ir), engine_path)
         else:
-            save(convert(qdq, batch=1 if target.name.endswith("npu") else None), engine_path)
+            ir = convert(qdq, batch=1 if target.name.endswith("npu") else None)
+            if options.bits.lower() == "w4a8":
+                pack(ir)
+            save(ir, engine_path)
         choices = {
             **options.describe(),
             "ranges": str(getattr(ranges, "method", "") or type(ranges).__name__),
@@ -185,7 +193,11 @@ def _write(graph: Graph, path: Path) -> None:
 
 def _keeps_vendor(design: Design, options: BuildOptions) -> bool:
     """Whether the vendor's IR is the engine: nothing of ours changes its numbers."""
-    return design.vendor_ir is not None and not (options.exact_scales or options.biases)
+    if options.weight_only is not None:
+        return True
+    return design.vendor_ir is not None and not (
+        options.exact_scales or options.biases or options.bits.lower() == "w4a8"
+    )
 
 
 def _identity(
@@ -215,8 +227,10 @@ def _design(
     progress: Progress,
 ) -> Design:
     """What the chosen route gives; the last few are remembered, because only biases change between the builds of one run."""
-    key = "" if validation is not None else _identity(model, ranges, calibration, target, options, probes)
     vendor_path = folder / "vendor.xml"
+    if options.weight_only is not None:
+        return design_weight_only(model, target, options, folder, progress=progress)
+    key = "" if validation is not None else _identity(model, ranges, calibration, target, options, probes)
     found = _designs.get(key)
     if found is not None:
         _designs.move_to_end(key)
@@ -260,12 +274,16 @@ def _finish(design: Design, folded: Graph, target: Target, options: BuildOptions
     record: dict[str, Any] = {"activation_steps_grew_by": 1.0, "inexact_layers": {}, "notes": list(design.notes)}
     if options.biases:
         qdq = _shift_biases(qdq, folded, options.biases)
+    floats = {**_float_weights(folded), **options.weights} if options.quantizer == "qdq" else None
+    if options.bits.lower() == "w4a8":
+        floats = float_weights(qdq) if floats is None else floats
+        qdq = store_int4(qdq, floats)
+        record["int4"] = int4_storage(qdq).to_json()
     if options.exact_scales:
         qdq, sums = drop_merged_pairs(qdq)
         record["sums_in_convolutions"] = list(sums)
         settle = importlib.import_module("zsq_deploy.quant.settle").settle
-        weights = {**_float_weights(folded), **options.weights} if options.quantizer == "qdq" else None
-        settled = settle(qdq, activation=target.activation, weight=target.weight, float_weights=weights)
+        settled = settle(qdq, activation=target.activation, weight=target.weight, float_weights=floats)
         qdq = settled.graph
         record["activation_steps_grew_by"] = settled.coarser
         record["inexact_layers"] = dict(settled.inexact)
