@@ -43,8 +43,8 @@ EXACT_BITS = 16
 COARSER = 1.13
 """A weight scale may grow by this factor for the sake of the half grid, as by 9/8 with ``b`` in {8 .. 15}."""
 
-COARSEST = 1.26
-"""And by this one for a grid on which float32 is exact at all."""
+COARSEST = 2.0
+"""And by this one for a grid on which float32 is exact at all; only channels with a multiplier below 2**-11 come near it."""
 
 NOISE = 0.08
 """It may grow by more where that adds an error to the layer's output whose standard deviation is below this share of a code."""
@@ -394,9 +394,18 @@ def _bias(
             doubtful += need.doubtful
         else:
             unit = 2.0 ** max(step, -EXACT_BITS) * y
-            new[channel] = np.rint(old[channel] / unit) * unit
+            new[channel] = _float32_multiple(old[channel], unit)
             doubtful += need.doubtful or step < -EXACT_BITS
     return new, int(doubtful)
+
+
+def _float32_multiple(value: float, unit: float) -> float:
+    """The multiple of `unit` next to a value that float32 can hold."""
+    while True:
+        multiple = float(np.rint(value / unit) * unit)
+        if not math.isfinite(multiple) or float(np.float32(multiple)) == multiple:
+            return multiple
+        unit *= 2
 
 
 def _write_weight(
