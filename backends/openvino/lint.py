@@ -155,13 +155,18 @@ def lint(graph: Graph | Path | str, target: Target) -> list[Finding]:
     """Check a Q/DQ graph against the rules of OpenVINO.
 
     Args:
-        graph: The graph, or the file that holds it.
+        graph: The graph, or the file that holds it: ONNX, or an IR (``.xml``), whoever wrote it.
         target: One of the ``openvino-...`` targets.
 
     Returns:
         All findings, errors first.
     """
     if not isinstance(graph, Graph):
-        graph = Graph.load(graph)
+        if Path(graph).suffix == ".xml":
+            from zsq_deploy.backends.openvino.ir import ir_to_qdq
+
+            graph = ir_to_qdq(Path(graph))
+        else:
+            graph = Graph.load(graph)
     findings = [finding for rule in RULES for finding in rule(graph, target)]
     return sorted(findings, key=lambda one: one.severity != "error")

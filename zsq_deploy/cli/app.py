@@ -367,10 +367,17 @@ def inspect(
 
 @app.command(short_help="Check a quantized graph against a target's rules.")
 def lint(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A Q/DQ graph, made here or by another tool.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A Q/DQ graph (.onnx) or an IR (.xml), made here or by another tool.")
+    ],
     target: Annotated[
-        str, typer.Option("--target", metavar="NAME", help="The target that it is meant for.")
-    ] = "ort-x86-vnni",
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            help="The target that it is meant for (default: ort-x86-vnni; for an IR openvino-cpu).",
+        ),
+    ] = None,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Check a quantized graph against a target's rules: node, rule, and what to do.
@@ -379,9 +386,11 @@ def lint(
 
     \b
     zsq lint model.quant.onnx --target ort-x86-vnni
+    zsq lint model.xml
     """
-    from zsq_deploy.cli.inspecting import lint_file
+    from zsq_deploy.cli.inspecting import default_target, lint_file
 
+    target = target or default_target(file)
     findings = lint_file(file, target)
     if as_json:
         print_json(findings)

@@ -14,9 +14,10 @@ from zsq_deploy.cli.words import recipe_from
 from zsq_deploy.errors import ModelError, UsageError
 from zsq_deploy.model import Graph
 
-__all__ = ["describe_thing", "lint_file", "print_description"]
+__all__ = ["default_target", "describe_thing", "lint_file", "print_description"]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+_ENGINES = ("engine.onnx", "engine.xml")
 
 
 def _read_graph(file: Path) -> Graph:
@@ -49,10 +50,12 @@ def describe_thing(
             return _describe_output(place)
         if (place / "calibration" / "manifest.json").is_file():
             place = place / "calibration"
-        if (place / "manifest.json").is_file() and (place / "engine.onnx").is_file():
-            place = place / "engine.onnx"
-        else:
+        engine = next((place / name for name in _ENGINES if (place / name).is_file()), None)
+        if engine is None or not (place / "manifest.json").is_file():
             return _describe_set(place)
+        place = engine
+    if place.suffix == ".xml":
+        return _describe_ir(place, nodes)
     graph = _read_graph(place) if place.suffix == ".onnx" else None
     if graph is not None and any(node.op_type in _QDQ for node in graph):
         from zsq_deploy.backends.onnxruntime.summary import summarize
@@ -60,6 +63,19 @@ def describe_thing(
         found = {"kind": "quantized graph", "file": str(place), **summarize(place)}
         return {**found, **({"nodes": _nodes(graph)} if nodes else {})}
     return _describe_network(thing, path, weights, input_shape, nodes)
+
+
+def _describe_ir(file: Path, nodes: bool) -> dict[str, Any]:
+    """What an IR of OpenVINO holds; its nodes are those of the Q/DQ graph that says what it computes."""
+    get_backend("openvino-cpu")  # the error for a runtime that is not installed
+    from zsq_deploy.backends.openvino.summary import summarize
+
+    found = {"kind": "OpenVINO IR", "file": str(file), **summarize(file)}
+    if nodes:
+        from zsq_deploy.backends.openvino.ir import ir_to_qdq
+
+        found["nodes"] = _nodes(ir_to_qdq(file))
+    return found
 
 
 def _describe_network(
@@ -109,7 +125,8 @@ def _describe_output(folder: Path) -> dict[str, Any]:
             file = manifest.parent / held["engine"]["file"]
             found.setdefault("engines", {})[manifest.parent.name] = {
                 "file": str(file),
-                "bytes": file.stat().st_size if file.is_file() else None,
+                "bytes": _bytes(manifest.parent, held),
+                "quantizer": held.get("choices", {}).get("quantizer"),
                 "ranges": held.get("choices", {}).get("ranges"),
                 "op_types": held.get("choices", {}).get("op_types"),
             }
@@ -121,6 +138,12 @@ def _describe_output(folder: Path) -> dict[str, Any]:
     if (folder / "report.json").is_file():
         found["report"] = str(folder / "report.html")
     return found
+
+
+def _bytes(folder: Path, held: dict[str, Any]) -> int | None:
+    """Size of an engine, its weights included; ``None`` if a file is missing."""
+    files = [folder / held[part]["file"] for part in ("engine", "weights") if part in held]
+    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
 
 
 def print_description(found: dict[str, Any], console: Console) -> None:
@@ -148,11 +171,20 @@ def print_description(found: dict[str, Any], console: Console) -> None:
         console.print(listing, markup=False)
 
 
+def default_target(file: Path) -> str:
+    """The target that a file is checked against where none is named: an IR is one of OpenVINO's."""
+    return "openvino-cpu" if file.suffix == ".xml" else "ort-x86-vnni"
+
+
 def lint_file(file: Path, target: str) -> list[dict[str, str]]:
-    """Findings of a target's rules in a Q/DQ graph, as JSON values."""
+    """Findings of a target's rules in a Q/DQ graph or an IR, as JSON values."""
     wanted = get_target(target)
-    graph = _read_graph(file)
     backend: Any = get_backend(wanted)
+    if file.suffix == ".xml" and wanted.runtime != "openvino":
+        raise UsageError(
+            f"{target} does not run an IR of OpenVINO", where=str(file), remedy="name one of the openvino targets"
+        )
+    graph = file if file.suffix == ".xml" else _read_graph(file)
     return [
         {
             "node": item.node,
