@@ -10,13 +10,13 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: demo test lint typecheck check bench clean
+.PHONY: demo test pot lint typecheck check clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zsq-deploy needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "this Python cannot make environments; on Debian: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,openvino]'
 	@touch $@
 
 demo: $(VENV)/.ready  ## Train, quantize, verify and report the embedded example (under 3 minutes on 2 cores)
@@ -24,6 +24,11 @@ demo: $(VENV)/.ready  ## Train, quantize, verify and report the embedded example
 
 test: $(VENV)/.ready  ## Run the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+pot: $(VENV)/.ready  ## Make the interpreter of POT (once, in the cache folder) and run POT for real
+	$(BIN)/zsq env create pot
+	$(BIN)/zsq env check pot
+	ZSQ_REQUIRE_POT=1 $(BIN)/python -m pytest -m pot $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready  ## Style
 	$(BIN)/ruff check .

@@ -20,3 +20,17 @@ def assets() -> Path:
             pytest.fail(f"the evaluation assets are required here, but {folder} does not hold them")
         pytest.skip(f"evaluation assets not found at {folder} (set ZSQ_ASSETS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pot_environment() -> Path:
+    """POT's own interpreter; tests that need it are skipped where it has not been made, and fail with ``ZSQ_REQUIRE_POT``."""
+    from zsq_deploy.backends.openvino.pot import environment
+    from zsq_deploy.errors import ZsqError
+
+    try:
+        return environment.check("pot").python
+    except ZsqError as error:
+        if os.environ.get("ZSQ_REQUIRE_POT"):
+            pytest.fail(f"POT is required here: {error}")
+        pytest.skip(f"{error.what} (zsq env create pot)")
