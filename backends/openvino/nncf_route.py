@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from zsq_deploy.model.graph import Graph, TensorSpec
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import apply_biases
 
-__all__ = ["Samples", "design_nncf", "given_graph", "prepare"]
+__all__ = ["Samples", "design_nncf", "given_graph", "prepare", "quantize_arguments"]
 
 Array = npt.NDArray[Any]
 
@@ -303,6 +303,31 @@ def _advanced(nncf: Any, told: NncfOptions, target: Target, corrects: bool) -> A
     )
 
 
+def quantize_arguments(
+    told: NncfOptions, target: Target, count: int, *, ignored: Iterable[str] = (), corrects: bool = True
+) -> dict[str, Any]:
+    """The keywords of ``nncf.quantize``.
+
+    Args:
+        told: What NNCF is told.
+        target: What to quantize for.
+        count: Number of images.
+        ignored: Names of operators of the OpenVINO model that stay in float.
+        corrects: Let NNCF correct the biases.
+    """
+    nncf = load_nncf()
+    names = list(ignored)
+    return {
+        "preset": None if told.preset is None else nncf.QuantizationPreset(told.preset),
+        "target_device": nncf.TargetDevice(_device(told, target)),
+        "subset_size": count,
+        "fast_bias_correction": told.fast_bias_correction,
+        "model_type": None if told.model_type is None else nncf.ModelType(told.model_type),
+        "ignored_scope": nncf.IgnoredScope(names=names) if names else None,
+        "advanced_parameters": _advanced(nncf, told, target, corrects),
+    }
+
+
 def _quantize(
     ir: Any,
     samples: Samples,
@@ -314,15 +339,8 @@ def _quantize(
 ) -> tuple[Any, set[str]]:
     """The quantized model with float weights; and with accuracy control what was quantized before layers went back to float."""
     nncf = load_nncf()
-    common: dict[str, Any] = {
-        "preset": None if told.preset is None else nncf.QuantizationPreset(told.preset),
-        "target_device": nncf.TargetDevice(_device(told, target)),
-        "subset_size": len(samples),
-        "fast_bias_correction": told.fast_bias_correction,
-        "model_type": None if told.model_type is None else nncf.ModelType(told.model_type),
-        "ignored_scope": nncf.IgnoredScope(names=list(ignored.operators)) if ignored.operators else None,
-    }
-    advanced = _advanced(nncf, told, target, corrects)
+    common = quantize_arguments(told, target, len(samples), ignored=ignored.operators, corrects=corrects)
+    advanced = common.pop("advanced_parameters")
     dataset = nncf.Dataset(samples)
     if metric is None:
         return _run(lambda: nncf.quantize(ir, dataset, advanced_parameters=advanced, **common)), set()
