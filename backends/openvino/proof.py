@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from zsq_deploy.backends.base import KernelRecord
-from zsq_deploy.backends.openvino.convert import BARE
+from zsq_deploy.backends.openvino.reading import BARE
 from zsq_deploy.errors import EngineError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.reader import is_dequantize, is_quantize

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zsq_deploy.backends.base import KernelRecord, Target
-from zsq_deploy.backends.openvino.convert import first_line, read, set_shapes
+from zsq_deploy.backends.openvino.reading import first_line, read, set_shapes
 from zsq_deploy.backends.openvino.runtime import core, cpu_features, devices, version
 from zsq_deploy.backends.openvino.targets import DEVICE
 from zsq_deploy.errors import EngineError, UsageError

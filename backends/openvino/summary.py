@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from zsq_deploy.backends.openvino.convert import convert, read, weights_of
+from zsq_deploy.backends.openvino.convert import convert
+from zsq_deploy.backends.openvino.reading import read, weights_of
 from zsq_deploy.model.graph import Graph
 
 __all__ = ["summarize"]
