@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 STAMP = "zsq-environment.json"
+_RETRIES = 2
 
 Version = tuple[int, int]
 
@@ -223,14 +224,14 @@ def create(
     spec = _spec(name)
     folder = locate(spec)
     with _os_errors(), _locked(folder, progress):
+        aside = folder.with_name(f".{folder.name}-before")
+        _restore_or_clear(folder, aside)
         if not force:
             try:
                 return check(spec)
             except (EngineError, StaleArtifactError):
                 pass
         base, version = _find_python(spec, python)
-        aside = folder.with_name(f".{folder.name}-before")
-        _restore_or_clear(folder, aside)
         if folder.is_dir():
             folder.rename(aside)
         try:
@@ -295,7 +296,7 @@ def _build(spec: EnvironmentSpec, folder: Path, base: Path, version: Version, pr
     with progress.task(f"make environment {spec.name}", len(wanted) + 3) as task:
         task.advance(0, step=f"virtual environment of Python {_dotted(version)}")
         _call(
-            [str(base), "-m", "venv", str(folder)],
+            [str(base), "-m", "venv", *([] if wanted else ["--without-pip"]), str(folder)],
             what=f"Python {_dotted(version)} could not make a virtual environment",
             where=str(base),
             remedy="install its venv module (Debian, Ubuntu: apt install "
@@ -331,7 +332,7 @@ def _install(spec: EnvironmentSpec, python: Path, *, progress_step: Any) -> None
         "--no-input",
         "--disable-pip-version-check",
         "--progress-bar=off",
-        "--retries=2",
+        f"--retries={_RETRIES}",
         "--requirement",
         str(spec.requirements),
     ]

@@ -110,6 +110,7 @@ def design_pot(
         op_types=options.op_types,
     )
     algorithm = _algorithm(asked, target, ignored)
+    one_scale = not asked.own_file and "granularity" not in (asked.params.get("activations") or {})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pot-", dir=folder) as scratch:
@@ -123,6 +124,7 @@ def design_pot(
             "tolerance": _TOLERANCE,
             "algorithms": [algorithm],
             "target_device": algorithm["params"]["target_device"],
+            "one_scale_before_depthwise": one_scale,
             "threads": _threads(),
             "seed": 0,
         }
@@ -151,6 +153,7 @@ def design_pot(
         "params": {key: value for key, value in algorithm["params"].items() if key != "ignored"},
         "images": len(samples) - samples.probes,
         "probes": samples.probes,
+        "one_scale_before_depthwise": one_scale,
         "ignored": dict(ignored.asked),
         "layers_with_8_bit_weights": quantized,
         "seconds": run.seconds,
@@ -219,7 +222,6 @@ def _algorithm(asked: _Asked, target: Target, ignored: Ignored) -> dict[str, Any
     params.setdefault("dump_intermediate_model", False)
     if not asked.own_file:
         activations = dict(params.get("activations") or {})
-        activations.setdefault("granularity", "pertensor")
         if "range_estimator" not in params:
             activations.setdefault("range_estimator", _RANGE)
         params["activations"] = activations

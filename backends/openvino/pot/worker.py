@@ -144,6 +144,28 @@ class Images:
         return (item, self.annotation(item)), self.feeds(item)
 
 
+def use_one_scale_before_depthwise(folder: Path) -> None:
+    """Change what POT knows of devices: an activation in front of a depthwise convolution has one scale, as everywhere else.
+
+    With a scale per channel, which is what its lists say, the CPU plugin computes these convolutions in float.
+    """
+    from openvino.tools.pot.configs.hardware_config import HardwareConfig
+
+    original = HardwareConfig.from_json
+
+    def changed(path: str, *args: Any) -> Any:
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        common = [one["quantization"]["activations"] for one in known["operations"] if one["type"] == "Convolution"]
+        for one in known["operations"]:
+            if one["type"] == "DepthWiseConvolution" and common:
+                one["quantization"]["activations"] = common[0]
+        copy = folder / "device.json"
+        copy.write_text(json.dumps(known), encoding="utf-8")
+        return original(copy.as_posix(), *args)
+
+    HardwareConfig.from_json = changed
+
+
 def convert(job: dict, folder: Path) -> Path:
     """The float network as an IR of this OpenVINO."""
     import openvino as ov
@@ -297,6 +319,8 @@ def quantize(job: dict, folder: Path, channel: Channel) -> dict:
         validation.watch = watcher(channel, len(validation))
         metric = make_metric(kind)
     channel.send("phase", name="quantize")
+    if job.get("one_scale_before_depthwise"):
+        use_one_scale_before_depthwise(folder)
     np.random.seed(int(job.get("seed", 0)))  # noqa: NPY002
     import random
 
