@@ -63,7 +63,7 @@ class BuildSettings:
         quantize_outputs: Quantize the network's outputs too.
         weight_method: ``minmax`` or ``mse``.
         exact_scales: Scales on which engine and reference agree exactly (:mod:`zsq_deploy.quant.exact_scales`).
-        compress_weights: How the weights of products that stay in float are stored (``int8_sym``, ...); ``None``: as they are.
+        compress_weights: Compress weights in this way (``int8_sym``, ...) instead of quantizing; ``None``: quantize.
         vendor: What one quantizer is told in its own words: quantizer -> word -> value; only what differs from its defaults.
     """
 

@@ -224,6 +224,11 @@ class NncfSection(_Section):
         description="One activation scale a channel before depthwise convolutions, as NNCF does by default; OpenVINO's CPU plugin "
         "then computes them in float.",
     )
+    group_size: int | None = Field(
+        default=None,
+        ge=-1,
+        description="Weights in 4 bits only: how many share a scale, -1: a channel; null: NNCF's choice.",
+    )
 
 
 class PotSection(_Section):
@@ -265,7 +270,10 @@ class QuantizationSection(_Section):
     )
 
     bits: str = Field(
-        default="w8a8", pattern=r"^[wW]\d{1,2}[aA]\d{1,2}$", description="Bits of weights and activations, w8a8."
+        default="w8a8",
+        pattern=r"^[wW]\d{1,2}[aA]\d{1,2}$",
+        description="Bits of weights and activations: w8a8; for OpenVINO also w4a8 (stored in 4 bits, computed in 8), w8a32 and w4a32 "
+        "(weights only).",
     )
     ranges: str = Field(
         default="auto",
@@ -293,7 +301,7 @@ class QuantizationSection(_Section):
     )
     compress_weights: Literal["int8_sym", "int8_asym", "int4_sym", "int4_asym"] | None = Field(
         default=None,
-        description="OpenVINO: compress the weights of matrix products that stay in float: int8_sym, int8_asym, int4_sym, int4_asym.",
+        description="OpenVINO: instead of quantization, compress the weights with NNCF: int8_sym, int8_asym, int4_sym, int4_asym.",
     )
     validation_data: str | None = Field(
         default=None,

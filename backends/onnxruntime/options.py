@@ -162,7 +162,7 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         )
     if settings.compress_weights is not None:
         raise UsageError(
-            f"target {target.name!r} does not compress the weights of float layers",
+            f"target {target.name!r} does not compress weights without quantizing",
             where="--compress-weights",
             remedy="leave it out, or deploy the OpenVINO targets in a run of their own",
         )

@@ -106,7 +106,12 @@ SetOpt = Annotated[
 ]
 BitsOpt = Annotated[
     str,
-    typer.Option("--bits", metavar="w8a8", help="Bits of weights (w) and activations (a).", rich_help_panel=_QUANTIZE),
+    typer.Option(
+        "--bits",
+        metavar="w8a8",
+        help="Bits of weights (w) and activations (a): w8a8; OpenVINO also w4a8, w8a32, w4a32.",
+        rich_help_panel=_QUANTIZE,
+    ),
 ]
 RangesOpt = Annotated[
     str,
@@ -269,7 +274,7 @@ CompressOpt = Annotated[
     typer.Option(
         "--compress-weights",
         metavar="NAME",
-        help="OpenVINO: compress weights of products that stay in float: int8_sym, int8_asym, int4_sym, int4_asym.",
+        help="OpenVINO: instead of quantization, compress weights with NNCF: int8_sym, int8_asym, int4_sym, int4_asym.",
         rich_help_panel=_VENDOR,
     ),
 ]

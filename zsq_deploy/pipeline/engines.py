@@ -30,7 +30,7 @@ BIAS_IMAGES = 64
 
 
 JUDGE_IMAGES = 32
-"""Images that decide whether bias correction is kept."""
+"""Images that decide between engines, and whether bias correction is kept."""
 
 TOLERANCE_DB = 0.2
 """How much SQNR on synthetic images a bias correction may cost before it is rejected: less is noise."""
@@ -135,19 +135,19 @@ def build_engine(
     if pinned is not None:
         options = _chosen_before(backend.candidates(model.folded().graph, target, options), pinned, target)
     if settings.search and settings.op_types is None and pinned is None:
-        # Who corrects biases itself is compared with the others after theirs were corrected.
-        refine = {"refine": correction} if several else {}
+        # Who corrects biases itself is compared with the others after theirs were corrected. One image more or less decides nothing.
+        more = {"refine": correction, "tolerance_agreement": 1.5 / JUDGE_IMAGES} if several else {}
         choice = backend.choose(
             model,
             measured.ranges,
             target,
             trial,
-            images=list(looked_at.take(0, min(32, len(looked_at))).batches(8 if model.dynamic_batch else 1)),
+            images=list(looked_at.take(0, min(JUDGE_IMAGES, len(looked_at))).batches(8 if model.dynamic_batch else 1)),
             options=options,
             threads=threads,
             progress=progress,
             **shown,
-            **refine,
+            **more,
         )
         options, engine = choice.chosen.options, choice.engine
         candidates = [_candidate(item, item is choice.chosen) for item in choice.measured]
@@ -169,7 +169,8 @@ def build_engine(
     shutil.rmtree(trial, ignore_errors=True)
     if validation is not None and several:
         notes.append(f"accuracy control looked at: {validation.source}")
-    return Built(engine, candidates, time.monotonic() - started, tuple(notes))
+    notes.extend(str(note) for note in engine.choices.get("notes", ()))
+    return Built(engine, candidates, time.monotonic() - started, tuple(dict.fromkeys(notes)))
 
 
 class _Correction:
