@@ -120,14 +120,13 @@ def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
     """OpenVINO computes an Add inside the convolution in front of it, without the rounding in between."""
     tensors = {tensor.output: tensor for tensor in read_qdq(graph) if tensor.output and not tensor.is_weight}
     for node in graph:
-        if node.op_type != "Add":
-            continue
+        if node.op_type != "Add" or any(_from_convolution(graph, value) for value in node.input):
+            continue  # merged into the convolution whose output is not rounded
         for value in node.input:
             tensor = tensors.get(value)
-            maker = None if tensor is None else graph.producer(tensor.name)
-            if tensor is None or maker is None or maker.op_type not in ("Conv", "ConvTranspose"):
+            if tensor is None or len(graph.consumers(value)) != 1:
                 continue
-            if len(graph.consumers(value)) == 1 and len(graph.consumers(tensor.name)) == 1:
+            if _from_convolution(graph, tensor.name):
                 yield Finding(
                     node.name,
                     "rounded-before-sum",
@@ -135,6 +134,12 @@ def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
                     "so the engine computes something else than the graph says",
                     "take the Q/DQ pair between the convolution and the Add away",
                 )
+
+
+def _from_convolution(graph: Graph, value: str) -> bool:
+    """Whether a value is what a convolution gives, and has one reader."""
+    maker = graph.producer(value)
+    return maker is not None and maker.op_type in ("Conv", "ConvTranspose") and len(graph.consumers(value)) == 1
 
 
 def _behind(graph: Graph, value: str, tensors: dict[str, QuantizedTensor]) -> QuantizedTensor | None:

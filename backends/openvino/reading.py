@@ -21,21 +21,26 @@ IR_VERSIONS = (10, 11)
 BARE = "/WithoutBiases"
 """What OpenVINO appends to the name of a convolution or product whose bias became an operator of its own."""
 
+_AROUND = (
+    "Exception from",
+    "Check '",
+    "FrontEnd API failed",
+    "Model wasn't fully converted",
+    "Summary:",
+    "While validating",
+    "[ONNX Frontend]",
+    "[ GENERAL_ERROR ]",
+)
+_PLACE = re.compile(r"^\S*src/\S+:\d+|with a message:$")
 _HEAD = 4096
 _NET = re.compile(rb'<net\s[^>]*?\bversion="(\d+)"')
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """What OpenVINO says in an exception, without the places in its sources."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = [
-        line
-        for line in lines
-        if line
-        and not line.startswith(("Exception from", "Check '", "[ GENERAL_ERROR ]"))
-        and not re.match(r"^\S*src/\S+:\d+", line)
-    ]
-    text = " ".join(said[:3]) if said else " ".join(line for line in lines if line)
+    """What OpenVINO says in an exception: its reasons, without the places in its sources and the words around them."""
+    lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(_AROUND) and not _PLACE.search(line)]
+    text = "; ".join(dict.fromkeys(said[:3])) or " ".join(line for line in lines if line)
     return (text or type(error).__name__)[:limit]
 
 
