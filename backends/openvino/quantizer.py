@@ -27,10 +27,14 @@ from zsq_deploy.artifact import atomic_path, digest_bytes, digest_file, digest_j
 from zsq_deploy.backends.base import Engine, Target, ValidationData
 from zsq_deploy.backends.openvino.convert import convert, read, save, weights_of
 from zsq_deploy.backends.openvino.design import Design
+from zsq_deploy.backends.openvino.fusing import fuse_residuals, same_outputs
 from zsq_deploy.backends.openvino.int4 import float_weights, int4_storage, pack, store_int4
 from zsq_deploy.backends.openvino.merging import drop_merged_pairs
 from zsq_deploy.backends.openvino.options import BuildOptions
+from zsq_deploy.backends.openvino.reading import FAKE_QUANT
+from zsq_deploy.backends.openvino.runner import OvRunner
 from zsq_deploy.backends.openvino.runtime import version
+from zsq_deploy.backends.openvino.targets import DEVICE
 from zsq_deploy.backends.openvino.weight_only import design_weight_only
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.errors import CalibrationError, UsageError
@@ -48,6 +52,8 @@ _ROUTES = {
     "pot": ("zsq_deploy.backends.openvino.pot", "design_pot"),
 }
 _REMEMBERED = 2
+_PROBES = 4
+"""Samples on which an engine with residuals inside convolutions has to give the numbers of the plain one, bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def build(
             :func:`~zsq_deploy.backends.openvino.choose.choose` measures).
         calibration: The calibration set; NNCF and POT read its images.
         validation: What accuracy control measures on.
-        probes: Structured pictures that NNCF looks at beside the set, so that its ranges are covered: input name -> array.
+        probes: Structured pictures that NNCF and POT look at beside the set, so that their ranges are covered: input name -> array.
         progress: Watches.
 
     Raises:
@@ -173,6 +179,44 @@ def build(
     )
 
 
+def _write_engine(qdq: Graph, path: Path, target: Target, options: BuildOptions, ranges: Any) -> bool:
+    """Convert a Q/DQ graph into the engine, with residuals added inside convolutions where that changes no number.
+
+    Returns:
+        Whether the engine asks for that; its fake-quant form is the Q/DQ graph then, as the engine's file says.
+    """
+    fixed = 1 if target.session.get(DEVICE) == "NPU" else None
+    plain = convert(qdq, batch=fixed)
+    save(plain, path)
+    if not options.exact_scales or target.session.get(DEVICE) != "CPU":
+        return False
+    fused = fuse_residuals(qdq)
+    if fused is qdq:
+        return False
+    model = convert(fused, batch=fixed)
+    model.set_rt_info("qdq.onnx", list(FAKE_QUANT))
+    with tempfile.TemporaryDirectory(prefix=".fused-", dir=path.parent) as scratch:
+        trial = Path(scratch) / path.name
+        save(model, trial)
+        feeds = _probe(qdq, ranges)
+        if not same_outputs(OvRunner(path, target).run(feeds), OvRunner(trial, target).run(feeds)):
+            return False
+    save(model, path)
+    return True
+
+
+def _probe(graph: Graph, ranges: Any) -> dict[str, Array]:
+    """Noise that fills the ranges of the inputs (-3 .. 3 where none is known), and goes a little beyond."""
+    rng = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for spec in graph.inputs:
+        low, high = ranges.get(spec.name, (-3.0, 3.0)) if ranges is not None else (-3.0, 3.0)
+        shape = tuple(size or (_PROBES if axis == 0 else 1) for axis, size in enumerate(spec.shape))
+        values = rng.uniform(1.1 * float(low), 1.1 * float(high), shape)
+        feeds[spec.name] = values.astype(spec.dtype)
+    return feeds
+
+
 def _entry(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": digest_file(path)}
 
@@ -247,9 +291,7 @@ def _design(
         design: Design = route(model, ranges, target, plain, progress=progress)
     else:
         with tempfile.TemporaryDirectory(prefix=".vendor-", dir=folder) as scratch:
-            shown: dict[str, Any] = {"validation": validation}
-            if options.quantizer == "nncf":
-                shown["probes"] = probes
+            shown: dict[str, Any] = {"validation": validation, "probes": probes}
             design = route(model, calibration, target, plain, Path(scratch), progress=progress, **shown)
             if design.vendor_ir is not None:
                 for source, place in (
