@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -128,6 +129,7 @@ def design_nncf(
     notes.extend(reading.notes)
     vendor = Path(folder) / "vendor.xml"
     _compress(quantized)
+    _name_by_place(quantized)
     save(quantized, vendor)
     return Design(reading.graph, vendor, corrects, record, tuple(notes))
 
@@ -385,6 +387,14 @@ def _run(work: Callable[[], Any]) -> Any:
 def _compress(quantized: Any) -> None:
     """Store the weights as integers, in place, exactly as ``nncf.quantize`` does when it is not told to leave them."""
     importlib.import_module("openvino._offline_transformations").compress_quantize_weights_transformation(quantized)
+
+
+def _name_by_place(ir: Any) -> None:
+    """Name what has no name of its own after its place: OpenVINO numbers it with a counter of the process, and equal builds would differ."""
+    for place, operator in enumerate(ir.get_ordered_ops()):
+        kind = operator.get_type_name()
+        if re.fullmatch(rf"{re.escape(kind)}_\d+", operator.get_friendly_name()):
+            operator.set_friendly_name(f"{kind}_of_place_{place}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
