@@ -18,7 +18,24 @@ from zsq_deploy.quant.reader import QuantizedTensor, is_dequantize, is_quantize,
 __all__ = ["RULES", "Finding", "lint"]
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_MOVES = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "MaxPool", "Squeeze", "Unsqueeze")
+_MOVES = (
+    "Relu",
+    "Clip",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "MaxPool",
+    "GlobalMaxPool",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Split",
+    "Pad",
+    "Concat",
+    "Resize",
+    "Gather",
+    "DepthToSpace",
+)
 _NEWEST = 21
 
 Rule = Callable[[Graph, Target], Iterator[Finding]]
@@ -78,7 +95,7 @@ def _activations(graph: Graph, target: Target) -> Iterator[Finding]:
                 f"{tensor.name!r} has 16 bits: the layers behind it run in float",
                 "use 8-bit activations on this target",
             )
-        elif tensor.dtype != wanted and tensor.dtype in ("int8", "uint8"):
+        elif tensor.dtype != wanted and tensor.dtype in ("int8", "uint8") and _read_by_convolution(graph, tensor):
             yield Finding(
                 tensor.quantize,
                 "activation-type",
@@ -134,6 +151,11 @@ def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
                     "so the engine computes something else than the graph says",
                     "take the Q/DQ pair between the convolution and the Add away",
                 )
+
+
+def _read_by_convolution(graph: Graph, tensor: QuantizedTensor) -> bool:
+    """Whether a convolution reads it; matrix products (attention) take both types."""
+    return any(reader.op_type in ("Conv", "ConvTranspose") for reader in graph.consumers(tensor.output))
 
 
 def _from_convolution(graph: Graph, value: str) -> bool:

@@ -138,10 +138,7 @@ def build(
         if keeps and design.vendor_ir is not None:
             save(read(design.vendor_ir), engine_path)
         else:
-            ir = convert(qdq, batch=1 if target.name.endswith("npu") else None)
-            if options.bits.lower() == "w4a8":
-                pack(ir)
-            save(ir, engine_path)
+            record["residuals_added_in_convolutions"] = _write_engine(qdq, engine_path, target, options, ranges)
         choices = {
             **options.describe(),
             "ranges": str(getattr(ranges, "method", "") or type(ranges).__name__),
@@ -185,15 +182,20 @@ def _write_engine(qdq: Graph, path: Path, target: Target, options: BuildOptions,
     Returns:
         Whether the engine asks for that; its fake-quant form is the Q/DQ graph then, as the engine's file says.
     """
-    fixed = 1 if target.session.get(DEVICE) == "NPU" else None
-    plain = convert(qdq, batch=fixed)
-    save(plain, path)
+
+    def converted(graph: Graph) -> Any:
+        model = convert(graph, batch=1 if target.session.get(DEVICE) == "NPU" else None)
+        if options.bits.lower() == "w4a8":
+            pack(model)
+        return model
+
+    save(converted(qdq), path)
     if not options.exact_scales or target.session.get(DEVICE) != "CPU":
         return False
     fused = fuse_residuals(qdq)
     if fused is qdq:
         return False
-    model = convert(fused, batch=fixed)
+    model = converted(fused)
     model.set_rt_info("qdq.onnx", list(FAKE_QUANT))
     with tempfile.TemporaryDirectory(prefix=".fused-", dir=path.parent) as scratch:
         trial = Path(scratch) / path.name

@@ -13,13 +13,16 @@ from typing import Any
 from zsq_deploy.backends.openvino.runtime import core, version
 from zsq_deploy.errors import EngineError
 
-__all__ = ["BARE", "IR_VERSIONS", "first_line", "read", "set_shapes", "weights_of"]
+__all__ = ["BARE", "FAKE_QUANT", "IR_VERSIONS", "first_line", "read", "read_fake_quant", "set_shapes", "weights_of"]
 
 IR_VERSIONS = (10, 11)
 """Versions of the IR that OpenVINO 2022 and later read."""
 
 BARE = "/WithoutBiases"
 """What OpenVINO appends to the name of a convolution or product whose bias became an operator of its own."""
+
+FAKE_QUANT = ("zsq_deploy", "fake_quant")
+"""Where an engine names the file beside it that is its fake-quant form, if the engine itself is not (runtime information of the IR)."""
 
 _AROUND = (
     "Exception from",
@@ -118,6 +121,18 @@ def _weight_bytes(path: Path) -> int:
         offset, size = (found.group(1), found.group(2)) if found.group(1) else (found.group(4), found.group(3))
         last = max(last, int(offset) + int(size))
     return last
+
+
+def read_fake_quant(path: Path) -> Any:
+    """Read the fake-quant form of an engine: the file that it names, or the engine itself.
+
+    Raises:
+        EngineError: As :func:`read`.
+    """
+    model = read(path)
+    if not model.has_rt_info(list(FAKE_QUANT)):
+        return model
+    return read(Path(path).parent / str(model.get_rt_info(list(FAKE_QUANT)).astype(str)))
 
 
 def set_shapes(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:

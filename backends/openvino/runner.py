@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zsq_deploy.backends.base import KernelRecord, Target
-from zsq_deploy.backends.openvino.reading import first_line, read, set_shapes
+from zsq_deploy.backends.openvino.reading import first_line, read, read_fake_quant, set_shapes
 from zsq_deploy.backends.openvino.runtime import core, cpu_features, devices, version
 from zsq_deploy.backends.openvino.targets import DEVICE
 from zsq_deploy.errors import EngineError, UsageError
@@ -118,7 +118,7 @@ class OvRunner:
         self.device = device_of(target)
         self._properties = properties(target, threads=threads, mode=mode, session=session)
         started = time.perf_counter()
-        self._model = read(self.path)
+        self._model = read_fake_quant(self.path) if mode == "unfused" else read(self.path)
         self.input_names: Sequence[str] = tuple(_name(port) for port in self._model.inputs)
         self.output_names: Sequence[str] = tuple(_name(port) for port in self._model.outputs)
         self._requests: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
