@@ -139,8 +139,8 @@ class IntegerReference:
         nodes = []
         for step in self._steps:
             sources = dict.fromkeys(s for op in step.group.ops for s in op.inputs if s is not None)
-            inputs = [self._names[s] for s in sources if s in self._names]
             last = step.group.ops[-1]
+            inputs = [self._names[r] for s in sources for r in self._behind(s) if r in self._names and r.op != last.key]
             outputs = [self._names[Source(last.key, port)] for port in range(len(last.outputs))]
             nodes.append(helper.make_node(step.group.kind, inputs, outputs, step.group.name, domain="openvino"))
         info = helper.make_tensor_value_info
@@ -168,7 +168,7 @@ class IntegerReference:
             )
         places = {name: source for source, name in self._names.items()}
         places.update({name: Source(op.key, 0) for name, op in self.lowered.inputs.items()})
-        places.update(self.lowered.outputs)
+        places.update({name: self.lowered.seen(source) for name, source in self.lowered.outputs.items()})
         wanted = list(self.output_names if fetch is None else fetch)
         unknown = [name for name in wanted if name not in places]
         if unknown:
@@ -221,6 +221,7 @@ class IntegerReference:
 
     def _behind(self, source: Source) -> Iterator[Source]:
         """A value, and those from which it is made when no executed node makes it."""
+        source = self.lowered.seen(source)
         yield source
         op = self.lowered.ops[source.op]
         if op.constant is None and op.type != "Parameter" and source not in self._names:

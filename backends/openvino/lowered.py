@@ -142,6 +142,19 @@ class Lowered:
     inputs: Mapping[str, Op]
     outputs: Mapping[str, Source]
     compiled: ov.CompiledModel = field(repr=False)
+    _ends: Mapping[str, Op] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", {op.key: group.ops[-1] for group in self.groups for op in group.ops})
+
+    def claimed(self, op: Op) -> bool:
+        """Whether an executed node computes the operator."""
+        return op.key in self._ends
+
+    def seen(self, source: Source) -> Source:
+        """What a reader outside of an executed node sees of a value: the end of the node that it was fused into."""
+        end = self._ends.get(source.op)
+        return source if end is None or end.key == source.op else Source(end.key, 0)
 
     def constant(self, source: Source | None) -> Array | None:
         """The numbers behind an input, if it is a constant."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from zsq_deploy.backends.openvino.kernels.contraction import (
 )
 from zsq_deploy.backends.openvino.kernels.elementwise import ELEMENTWISE
 from zsq_deploy.backends.openvino.kernels.fakequantize import Formula, quantization
-from zsq_deploy.backends.openvino.kernels.float32 import to_codes
+from zsq_deploy.backends.openvino.kernels.float32 import fused_multiply_add, to_codes
 from zsq_deploy.backends.openvino.kernels.movement import MOVEMENTS
 from zsq_deploy.backends.openvino.kernels.pooling import average_pool, max_pool, reduce_mean, reduce_sum
 from zsq_deploy.backends.openvino.kernels.postops import Composer, Stage
@@ -33,6 +33,7 @@ Array = npt.NDArray[Any]
 Role = Literal["integer", "moving", "float", "shape"]
 
 _CODES = ("u8", "i8")
+_MERGED = ("Add", "Subtract", "Multiply", "Divide", "Clamp")
 _POOLS = ("MaxPool", "AvgPool")
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
 
@@ -68,6 +69,9 @@ class Values:
         """A value."""
         if source in self._made:
             return self._made[source]
+        source = self.lowered.seen(source)
+        if source in self._made:
+            return self._made[source]
         op = self.lowered.ops[source.op]
         if op.constant is not None:
             return op.constant
@@ -80,6 +84,10 @@ class Values:
 
     def evaluate(self, op: Op) -> list[Array]:
         """One operator on its own."""
+        if op.type == "FakeQuantize":
+            formula, axis, source = requantization(self.lowered, op)
+            x = np.asarray(self.get(source), np.float32)
+            return [to_codes(formula.alone().evaluate(x, axis), op.precisions[0])]
         inputs = self.inputs(op)
         if op.type in MOVEMENTS:
             try:
@@ -94,9 +102,6 @@ class Values:
                 return [ELEMENTWISE[op.type](op, arrays)]
             except NotImplementedError:
                 pass
-        if op.type == "FakeQuantize":
-            formula, axis = formula_of(self.lowered, op)
-            return [to_codes(formula.evaluate(np.asarray(arrays[0], np.float32), axis), op.precisions[0])]
         if op.type in _POOLS and (op.type == "MaxPool" or arrays[0].dtype.kind in "iu"):
             return [max_pool(op, arrays[0]) if op.type == "MaxPool" else average_pool(op, arrays[0])]
         if op.type in _REDUCTIONS and arrays[0].dtype.kind in "iu":
@@ -168,6 +173,43 @@ def formula_of(lowered: Lowered, op: Op) -> tuple[Formula, int]:
     if all(np.all(limit == limit[0]) for limit in flat):
         flat = [limit[:1] for limit in flat]
     return quantization(flat[0], flat[1], flat[2], flat[3], int(op.number("levels", 256))), axis if rank else 1
+
+
+def requantization(lowered: Lowered, op: Op) -> tuple[Formula, int, Source]:
+    """The numbers of a FakeQuantize operator as it is executed, their axis, and the value that it reads.
+
+    The plugin merges a multiplication or addition of constants in front of it, and a Clamp, into its numbers. Such an operator belongs to no
+    executed node.
+    """
+    formula, axis = formula_of(lowered, op)
+    source = op.inputs[0]
+    assert source is not None
+    merged: list[Op] = []
+    before = lowered.ops[source.op]
+    while before.type in _MERGED and not lowered.claimed(before):
+        merged.append(before)
+        source = next((s for s in before.inputs if s is not None and lowered.constant(s) is None), None)
+        if source is None:
+            raise UnsupportedOpError(f"what is merged into the requantization {op.name!r} has no input", where=op.name)
+        before = lowered.ops[source.op]
+    scale, shift = np.ones(1, np.float32), np.zeros(1, np.float32)
+    for part in reversed(merged):
+        if part.type == "Clamp":
+            low = np.maximum(formula.low, np.float32(part.number("min")))
+            formula = replace(formula, low=low, high=np.minimum(formula.high, np.float32(part.number("max"))))
+            continue
+        constant = next(array for s in part.inputs if (array := lowered.constant(s)) is not None)
+        wide = [place - constant.ndim for place in range(constant.ndim) if constant.shape[place] > 1]
+        vector = np.asarray(constant, np.float32).reshape(-1)
+        if wide:
+            axis = wide[0]
+        if part.type == "Multiply":
+            scale = vector
+        elif part.type == "Divide":
+            scale = np.asarray(np.float32(1) / vector)
+        else:
+            shift = vector if part.type == "Add" else -vector
+    return formula.after(scale, shift), axis, source
 
 
 def _other(op: Op, before: Op) -> Source | None:
@@ -287,7 +329,7 @@ def _append(
 ) -> None:
     """Hand one fused operator to the composer of a kernel."""
     if op.type == "FakeQuantize":
-        formula, _ = formula_of(lowered, op)
+        formula, _, _ = requantization(lowered, op)
         composer.add_quantization(formula, last, rounding)
         return
     if op.type == "PowerStatic" and op.number("power", 1) == 1:
@@ -332,6 +374,27 @@ def _append(
 _LINEAR = (("scale", 1.0), ("shift", 0.0))
 
 
+def _fuses(lowered: Lowered, before: Op, op: Op) -> bool:
+    """Whether a multiplication and an addition of constants are one instruction."""
+    return (
+        before.type == "Multiply"
+        and op.type == "Add"
+        and any(s is not None and s.op == before.key for s in op.inputs)
+        and all(any(lowered.constant(s) is not None for s in part.inputs) for part in (before, op))
+    )
+
+
+def _multiply_add(values: Values, before: Op, op: Op) -> Array:
+    constants, factors = [], []
+    for source in op.inputs:
+        if source is not None and source.op != before.key:
+            constants.append(values.get(source))
+    for source in before.inputs:
+        if source is not None:
+            factors.append(values.get(source))
+    return fused_multiply_add(factors[0], factors[1], constants[0])
+
+
 def _chain(lowered: Lowered, group: Group) -> Step:
     """A node without sums of products: its operators one after the other, results in float32 until the last."""
     ops = group.ops
@@ -348,11 +411,17 @@ def _chain(lowered: Lowered, group: Group) -> Step:
         role = "shape"
 
     def run(values: Values) -> None:
-        for op in ops:
-            results = values.evaluate(op)
+        for before, op in zip((None, *ops), ops, strict=False):
+            if before is not None and _fuses(lowered, before, op):
+                results = [_multiply_add(values, before, op)]
+            else:
+                results = values.evaluate(op)
             if op is not ops[-1]:
                 results = [np.asarray(r, np.float32) if r.dtype.kind == "f" else r for r in results]
             values.put(op, results)
+        for op in ops[:-1]:
+            for port in range(len(op.outputs)):
+                values.drop(Source(op.key, port))
         last = ops[-1]
         if group.precision in (*_CODES, "f32"):
             values.put(

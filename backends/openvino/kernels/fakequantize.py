@@ -45,6 +45,30 @@ class Formula:
     out_shift: Float32 | None
     levels: int
 
+    def after(self, factor: Float32, addend: Float32) -> Formula:
+        """The formula with ``x * factor + addend`` in front of it, merged as the plugin merges it."""
+        if np.all(factor == 1) and np.all(addend == 0):
+            return self
+        low, high = (self.low - addend) / factor, (self.high - addend) / factor
+        limit = np.finfo(np.float32).max
+        return replace(
+            self,
+            low=np.maximum(np.minimum(low, high), -limit),
+            high=np.minimum(np.maximum(low, high), limit),
+            scale=_normal(self.scale * factor),
+            shift=_normal(self.shift + addend * self.scale),
+        )
+
+    def alone(self) -> Formula:
+        """The formula as a node of its own evaluates it.
+
+        A fault of the plugin (2026.4): where only an addition of one number a channel was merged, so that the factor is still one for all
+        channels, the node takes the numbers of the first channel for all of them. The result is not what the graph says.
+        """
+        if self.shift.size == 1 or not np.all(self.scale == self.scale[0]):
+            return self
+        return replace(self, low=self.low[:1], high=self.high[:1], scale=self.scale[:1], shift=self.shift[:1])
+
     def evaluate(self, values: Float32, axis: int = 1) -> Float32:
         """Evaluate as the plugin's own quantization kernels do: clipping first."""
         rank = values.ndim
@@ -76,6 +100,11 @@ def quantization(in_low: Float32, in_high: Float32, out_low: Float32, out_high: 
     out_scale = (out_high - out_low) / steps
     only_codes = bool(np.all(out_scale == 1) and np.all(out_low == 0))
     return Formula(low, high, scale, shift, None if only_codes else out_scale, None if only_codes else out_low, levels)
+
+
+def _normal(vector: Float32) -> Float32:
+    """Numbers too small for a normal float32 become zero."""
+    return np.where(np.abs(vector) < np.float32(_TINY), np.float32(0), vector)
 
 
 def _shrunk(vector: Float32) -> Float32:
