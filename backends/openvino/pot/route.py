@@ -5,8 +5,9 @@ What comes back is read into a Q/DQ graph: weights still float behind FakeQuanti
 the engine really gets. POT's finished model (weights stored as integers) is kept beside it.
 
 What POT is told by default differs from its own defaults where a measurement says so: **one scale an activation** also in front of
-depthwise convolutions (a scale per channel sends them to float kernels), and ranges over **all** images instead of the mean of the
-images' extremes.
+depthwise convolutions (a scale per channel sends them to float kernels), ranges over **all** images instead of the mean of the
+images' extremes, and **no halved weights** in the first layer on processors with VNNI, which cannot overflow. A configuration file of
+POT's own is run as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from zsq_deploy.backends.openvino.options import BuildOptions, PotOptions
 from zsq_deploy.backends.openvino.pot.config import compression_of, read_pot_config
 from zsq_deploy.backends.openvino.pot.environment import Environment, check
 from zsq_deploy.backends.openvino.pot.words import ACCURACY_AWARE
-from zsq_deploy.backends.openvino.runtime import core
+from zsq_deploy.backends.openvino.runtime import core, ov
 from zsq_deploy.backends.openvino.targets import DEVICE
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph
@@ -134,8 +135,10 @@ def design_pot(
             described.update(more)
         (job / "job.json").write_text(json.dumps(described), encoding="utf-8")
         run = _run(environment, job, algorithm["name"], progress)
-        reading = read_ir(job / "quantized.xml", like=graph)
-        quantized = _count_quantized(load_ir(job / "quantized.xml"))
+        came_back = load_ir(job / "quantized.xml")
+        _undo_halves(came_back)
+        quantized = _count_quantized(came_back)
+        reading = read_ir(came_back, like=graph)
         if not quantized:
             raise EngineError(
                 "POT found nothing to quantize in this network",
@@ -225,6 +228,8 @@ def _algorithm(asked: _Asked, target: Target, ignored: Ignored) -> dict[str, Any
         if "range_estimator" not in params:
             activations.setdefault("range_estimator", _RANGE)
         params["activations"] = activations
+        if any("vnni" in feature for feature in target.requires):
+            params.setdefault("saturation_fix", "no")
     if ignored.operators:
         params["ignored"] = {"scope": list(ignored.operators)}
     return {"name": asked.algorithm, "params": params}
@@ -465,6 +470,30 @@ def _explain(outcome: _Outcome, code: int, log: Path, environment: Environment) 
 # ---------------------------------------------------------------------------------------------------------------------
 # what came out
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _undo_halves(ir: Any) -> None:
+    """Write weights that POT halved against saturation (and doubled behind their FakeQuantize) as they are, in place.
+
+    ``FakeQuantize(w / 2, -r / 2, r / 2, -r, r)`` is ``FakeQuantize(w, -r, r, -r, r)`` with the same codes.
+    """
+    for op in ir.get_ops():
+        if op.get_type_name() != "FakeQuantize":
+            continue
+        parts = [op.input(index).get_source_output().get_node() for index in range(5)]
+        if any(part.get_type_name() != "Constant" for part in parts):
+            continue
+        weight, low, high, out_low, out_high = (np.array(part.data) for part in parts)
+        if np.array_equal(low, out_low) and np.array_equal(high, out_high):
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factor = out_high / high
+        if not (np.isfinite(factor).all() and np.allclose(out_low, low * factor, rtol=1e-6)):
+            continue
+        for index, values in ((0, weight * factor), (1, out_low), (2, out_high)):
+            constant = ov.op.Constant(np.ascontiguousarray(values.astype(np.float32)))
+            constant.set_friendly_name(parts[index].get_friendly_name())
+            op.input(index).replace_source_output(constant.output(0))
 
 
 def _count_quantized(ir: Any) -> int:
