@@ -7,7 +7,7 @@ Random weights, a few noise images (speed does not depend on either). Measured i
     plain NNCF   what ``nncf.quantize(model, images)`` gives with its defaults, saved and loaded as any user would
     qdq, nncf    our engines: our own Q/DQ graph, and NNCF with our settings
 
-    python tools/bench_openvino.py [--threads 1 2] [--rounds 60] [--size 224] [--json FILE] [--wrapping]
+    python tools/bench_openvino.py [--threads 1 2] [--rounds 60] [--size 224] [--json FILE] [--wrapping] [--cpu]
 
 ``calm x`` compares the 5 % quantiles: on a machine that does other work as well, medians tell how busy it was. Goals on a machine with
 VNNI: 3.0x float32 (ResNet-18) and 1.9x (MobileNetV2), and not slower than plain NNCF. ``--wrapping`` also measures what our way to call
@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _networks import mobilenet_v2, resnet18
 
 from zsq_deploy.backends import get_backend, get_target
-from zsq_deploy.backends.measured import paired_latency
 from zsq_deploy.backends.openvino.convert import convert, save
 from zsq_deploy.backends.openvino.nncf_route import design_nncf, quantize_arguments
 from zsq_deploy.backends.openvino.options import BuildOptions
@@ -47,6 +46,7 @@ from zsq_deploy.model import Model, load_model
 from zsq_deploy.pipeline import Images, measure_ranges
 
 GOALS = {"resnet18": 3.0, "mobilenet_v2": 1.9}
+_TURN = 5
 SAME = 0.03
 """Two engines whose calm times differ by less are equally fast."""
 
@@ -69,7 +69,12 @@ def plain_nncf(model: Model, images: CalibrationSet, path: Path) -> Path:
 
 
 def measure(
-    name: str, network: torch.nn.Module, size: int, threads: tuple[int, ...], rounds: int
+    name: str,
+    network: torch.nn.Module,
+    size: int,
+    threads: tuple[int, ...],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """Build everything once and measure it in turns: one row for each number of threads."""
     target = get_target("openvino-cpu")
@@ -102,7 +107,7 @@ def measure(
             modes = len(runners)
             runners["plain NNCF"] = OvRunner(plain, target, threads=count)
             runners.update((who, OvRunner(engine.path, target, threads=count)) for who, engine in engines.items())
-            series = paired_quantiles(list(runners.values()), feeds, rounds)
+            series = paired_quantiles(list(runners.values()), feeds, rounds, clock)
             median = dict(zip(runners, series[0], strict=True))
             calm = dict(zip(runners, series[1], strict=True))
             macs = {who: share(one.kernels(feeds)) for who, one in runners.items() if who in ("plain NNCF", *engines)}
@@ -122,12 +127,19 @@ def measure(
     return rows
 
 
-def paired_quantiles(runners: list[OvRunner], feeds: Any, rounds: int) -> tuple[list[float], list[float]]:
-    """Medians and 5 % quantiles of the same kind of turns."""
-    return (
-        paired_latency(runners, feeds, rounds=rounds),
-        paired_latency(runners, feeds, rounds=rounds, quantile=0.05),
-    )
+def paired_quantiles(
+    runners: list[OvRunner], feeds: Any, rounds: int, clock: Callable[[], float]
+) -> tuple[list[float], list[float]]:
+    """Milliseconds, medians and 5 % quantiles, of several runners measured in turns of a few runs; the first of a turn is not counted."""
+    times: list[list[float]] = [[] for _ in runners]
+    for number in range(-(-rounds // _TURN) + 1):
+        for runner, kept in zip(runners, times, strict=True):
+            for again in range(_TURN + 1):
+                started = clock()
+                runner.run(feeds)
+                if number and again:
+                    kept.append((clock() - started) * 1e3)
+    return [float(np.median(kept)) for kept in times], [float(np.quantile(kept, 0.05)) for kept in times]
 
 
 def share(records: Any) -> float:
@@ -195,10 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--network", action="append", choices=sorted(GOALS))
     parser.add_argument("--wrapping", action="store_true", help="also measure what our way to call NNCF costs")
     parser.add_argument("--images", type=int, default=16, help="for --wrapping")
+    parser.add_argument("--cpu", action="store_true", help="processor time instead of the clock, for busy machines")
     parser.add_argument("--json", type=Path)
     told = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lacking = missing_features(get_target("openvino-cpu"))
+    clock = time.process_time if told.cpu else time.perf_counter
     rows: list[dict[str, Any]] = []
     wrapped: list[dict[str, Any]] = []
     failed = False
@@ -209,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, make in (("resnet18", resnet18), ("mobilenet_v2", mobilenet_v2)):
         if told.network and name not in told.network:
             continue
-        for row in measure(name, make(size=told.size), told.size, tuple(told.threads), told.rounds):
+        for row in measure(name, make(size=told.size), told.size, tuple(told.threads), told.rounds, clock):
             rows.append(row)
             median, calm = row["median_ms"], row["calm_ms"]
             fast = min(("qdq", "nncf"), key=calm.__getitem__)
