@@ -54,6 +54,13 @@ class Backend(Protocol):
             UsageError: The runtime cannot do it.
         """
 
+    def check_options(self, graph: Any, target: Target, options: Any) -> None:
+        """Refuse, before any image is made, what would fail later: layers that the network does not have, tools that are missing.
+
+        Raises:
+            ZsqError: With what to do.
+        """
+
     def build(
         self,
         model: Any,

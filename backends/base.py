@@ -77,6 +77,11 @@ class BuildSettings:
     compress_weights: str | None = None
     vendor: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def weight_only(self) -> bool:
+        """Only weights are stored in fewer bits; activations stay in float."""
+        return self.compress_weights is not None or self.bits.lower().endswith("a32")
+
 
 @dataclass(frozen=True)
 class ValidationData:

@@ -8,7 +8,7 @@ from typing import Any
 from zsq_deploy.backends.onnxruntime.calibrators import calibrate
 from zsq_deploy.backends.onnxruntime.choose import Choice, candidates, choose
 from zsq_deploy.backends.onnxruntime.lint import Finding, lint
-from zsq_deploy.backends.onnxruntime.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
+from zsq_deploy.backends.onnxruntime.options import CALIBRATORS, QUANTIZERS, BuildOptions, check_options, options_from
 from zsq_deploy.backends.onnxruntime.quantizer import build
 from zsq_deploy.backends.onnxruntime.runner import device_facts, float_modes, missing_features, runner
 from zsq_deploy.backends.onnxruntime.summary import summarize
@@ -22,6 +22,7 @@ __all__ = [
     "build",
     "calibrate",
     "candidates",
+    "check_options",
     "choose",
     "device_facts",
     "float_modes",

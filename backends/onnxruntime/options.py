@@ -12,8 +12,18 @@ import numpy.typing as npt
 from zsq_deploy.artifact import digest_bytes, digest_json
 from zsq_deploy.backends.base import BuildSettings, Target
 from zsq_deploy.errors import UsageError
+from zsq_deploy.model.graph import Graph
 
-__all__ = ["CALIBRATORS", "LOSSY_OPS", "MAC_OPS", "QUANTIZERS", "WIDE_OPS", "BuildOptions", "options_from"]
+__all__ = [
+    "CALIBRATORS",
+    "LOSSY_OPS",
+    "MAC_OPS",
+    "QUANTIZERS",
+    "WIDE_OPS",
+    "BuildOptions",
+    "check_options",
+    "options_from",
+]
 
 CALIBRATORS: tuple[str, ...] = ("ort-minmax", "ort-entropy", "ort-percentile")
 """The runtime's own calibrators, as range methods."""
@@ -174,6 +184,11 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         weight_method=settings.weight_method,
         exact_scales=settings.exact_scales,
     )
+
+
+def check_options(graph: Graph, target: Target, options: BuildOptions) -> None:
+    """Nothing of these options can fail for a reason that the network tells before images are made."""
+    del graph, target, options
 
 
 def _digest(array: npt.NDArray[Any]) -> str:

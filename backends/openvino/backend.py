@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from zsq_deploy.backends.openvino.choose import Choice, candidates, choose
+from zsq_deploy.backends.openvino.early import check_options
 from zsq_deploy.backends.openvino.lint import Finding, lint
 from zsq_deploy.backends.openvino.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
 from zsq_deploy.backends.openvino.quantizer import build
@@ -20,6 +21,7 @@ __all__ = [
     "Finding",
     "build",
     "candidates",
+    "check_options",
     "choose",
     "device_facts",
     "float_modes",

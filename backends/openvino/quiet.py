@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from zsq_deploy.errors import EngineError
 from zsq_deploy.progress import SILENT, Progress, Task
 
 __all__ = ["Messages", "forbid_telemetry", "load_nncf", "quiet"]
@@ -113,13 +114,24 @@ class _Nobody:
 
 
 def load_nncf() -> Any:
-    """The module ``nncf``, imported without telemetry and without a word on the terminal."""
+    """The module ``nncf``, imported without telemetry and without a word on the terminal.
+
+    Raises:
+        EngineError: It is not installed.
+    """
     forbid_telemetry()
     if "nncf" not in sys.modules:
         logger = logging.getLogger("nncf")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("nncf")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module("nncf")
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                f"NNCF needs {error.name}, which is not installed",
+                where="--quantizer nncf",
+                remedy="install it: pip install 'zsq-deploy[openvino]'; --quantizer qdq does without",
+            ) from error
         _unhandle(logger)
     return sys.modules["nncf"]
 

@@ -73,7 +73,7 @@ def check_recipe(recipe: Recipe, model: Model, targets: Sequence[Target], *, ver
             where="quantization.choice",
             remedy=f"{nearest(strangers[0], recipe.targets)}remove it, or add it to targets",
         )
-    _check_quantizers(recipe, targets)
+    _check_quantizers(recipe, model, targets)
     if verified and recipe.calibration.holdout < 1:
         raise UsageError(
             "no image is held out, and verification needs some that nothing was calibrated on",
@@ -82,14 +82,14 @@ def check_recipe(recipe: Recipe, model: Model, targets: Sequence[Target], *, ver
         )
 
 
-def _check_quantizers(recipe: Recipe, targets: Sequence[Target]) -> None:
+def _check_quantizers(recipe: Recipe, model: Model, targets: Sequence[Target]) -> None:
     """Refuse what the runtime of a target does not do, and what no target reads."""
     spec = recipe.quantization
     known: set[str] = set()
     for target in targets:
         backend = get_backend(target)
         known.update(backend.QUANTIZERS)
-        backend.options_from(settings_of(recipe), target)
+        backend.check_options(model.folded().graph, target, backend.options_from(settings_of(recipe), target))
         if spec.ranges in OWN_CALIBRATORS and spec.ranges not in backend.CALIBRATORS:
             raise UsageError(
                 f"{spec.ranges} is a calibrator of ONNX Runtime, and target {target.name!r} runs in {target.runtime}",

@@ -126,7 +126,7 @@ def build_engine(
         shown.update(validation=validation, probes=measured.probes)
     looked_at = images.calibration if images.calibration is not None else images.holdout
     correction = None
-    if settings.bias_correction:
+    if settings.bias_correction and not settings.weight_only:
         build = partial(backend.build, model, measured.ranges, target, progress=progress, **shown)
         correction = _Correction(model, looked_at, backend, build, threads, seed, progress)
     candidates: list[dict[str, Any]] = []
