@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from zsq_deploy.backends.openvino.lowered import Op
+from zsq_deploy.backends.openvino.lowered import Op, Source
 from zsq_deploy.errors import UnsupportedOpError
 
 __all__ = ["Island"]
@@ -32,6 +32,7 @@ _PRECISIONS: Mapping[str, str] = {
     "bool": "boolean",
 }
 _RELAXED = "type_relaxed_"
+_SWISH = "SwishCPU"
 
 
 class Island:
@@ -89,7 +90,8 @@ class Island:
             ElementTree.SubElement(element, "data", shape=shape, element_type=_PRECISIONS[str(array.dtype)])
             port(ElementTree.SubElement(element, "output"), 0, array, False)
             made[source.op, source.port] = element.get("id", ""), "0"
-        for name, array in self._constants.items():
+        constants = {**self._constants, **{f"{op.key}.alpha": _alpha(op) for op in self._ops if op.type == _SWISH}}
+        for name, array in constants.items():
             element = layer(f"constant{len(layers)}", "Const")
             values = np.ascontiguousarray(array).tobytes()
             ElementTree.SubElement(
@@ -107,7 +109,8 @@ class Island:
             element = self._layer(op, str(len(layers)))
             layers.append(element)
             ports = [entry.get("id", "") for entry in element.iterfind("./input/port")]
-            for read, number in zip(op.inputs, ports, strict=True):
+            inputs = [*op.inputs, *([Source(f"{op.key}.alpha", 0)] if op.type == _SWISH else [])]
+            for read, number in zip(inputs, ports, strict=True):
                 if read is None:
                     continue
                 start, first = made[read.op, read.port]
@@ -150,7 +153,23 @@ class Island:
         for entry in list(element.iterfind("rt_info")):
             element.remove(entry)
         data = element.find("data")
+        if op.type == _SWISH:  # the plugin's own form of Swish, with its factor as an attribute
+            element.set("type", "Swish")
+            element.set("version", "opset4")
+            ElementTree.SubElement(_child(element, "input"), "port", id="99", precision="FP32")
+            if data is not None:
+                element.remove(data)
+            return element
         if data is not None:
             for key in ("type_relax", "input_data_types", "output_data_types"):
                 data.attrib.pop(key, None)
         return element
+
+
+def _alpha(op: Op) -> Array:
+    return np.asarray(op.number("alpha", 1.0), np.float32)
+
+
+def _child(element: ElementTree.Element, name: str) -> ElementTree.Element:
+    found = element.find(name)
+    return found if found is not None else ElementTree.SubElement(element, name)

@@ -113,6 +113,7 @@ class Group:
         kind: Its type in the plugin, ``Convolution``, ``Eltwise``, ...
         ops: The lowered operators that it computes, in the order of fusion: the first is the node itself.
         precision: Element type of its first output as it is executed.
+        computes: Element type that it computes with: ``u8`` and ``i8`` for products of codes.
         primitive: The implementation, ``brgconv_avx512_I8``.
         index: Place in the order of execution.
     """
@@ -121,6 +122,7 @@ class Group:
     kind: str
     ops: tuple[Op, ...]
     precision: str
+    computes: str
     primitive: str
     index: int
 
@@ -320,11 +322,17 @@ def _groups(compiled: ov.CompiledModel, ops: Mapping[str, Op]) -> Iterator[Group
         if found:
             precisions = entries.get("outputPrecisions", "").split(",")
             yield Group(
-                node.get_friendly_name(), kind, tuple(found), precisions[0], entries.get("primitiveType", ""), index
+                name=node.get_friendly_name(),
+                kind=kind,
+                ops=tuple(found),
+                precision=precisions[0],
+                computes=entries.get("runtimePrecision", ""),
+                primitive=entries.get("primitiveType", ""),
+                index=index,
             )
 
 
-_ENTRIES = ("layerType", "originalLayersNames", "outputPrecisions", "primitiveType")
+_ENTRIES = ("layerType", "originalLayersNames", "outputPrecisions", "runtimePrecision", "primitiveType")
 
 
 def _names(text: str, known: Mapping[str, Any]) -> Iterator[str]:

@@ -33,6 +33,7 @@ Array = npt.NDArray[Any]
 Role = Literal["integer", "moving", "float", "shape"]
 
 _CODES = ("u8", "i8")
+_KINDS = {np.dtype(np.uint8): "u8", np.dtype(np.int8): "i8"}
 _MERGED = ("Add", "Subtract", "Multiply", "Divide", "Clamp")
 _POOLS = ("MaxPool", "AvgPool")
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
@@ -97,6 +98,11 @@ class Values:
         arrays = [array for array in inputs if array is not None]
         if op.type == "Subtract" and all(array.dtype.kind in "iu" for array in arrays):
             return [np.asarray(arrays[0].astype(np.int32) - arrays[1].astype(np.int32))]
+        if op.type == "Subtract" and not self.lowered.claimed(op) and arrays[1].dtype in _KINDS:
+            codes = to_codes(
+                arrays[0], _KINDS[arrays[1].dtype]
+            )  # a mean of codes: rounded on the way into an integer kernel
+            return [np.asarray(codes.astype(np.int32) - arrays[1].astype(np.int32))]
         if op.type in ELEMENTWISE:
             try:
                 return [ELEMENTWISE[op.type](op, arrays)]
@@ -232,8 +238,7 @@ def bind(lowered: Lowered, group: Group) -> Step:
         UnsupportedOpError: An operator on codes is not known.
     """
     head = group.ops[0]
-    coded = [s for s in head.inputs if s is not None and _is_code(lowered, s)]
-    if head.type in CONTRACTIONS and len(coded) >= 2:
+    if head.type in CONTRACTIONS and group.computes in _CODES:
         return _contraction(lowered, group)
     return _chain(lowered, group)
 
@@ -281,6 +286,7 @@ def _contraction(lowered: Lowered, group: Group) -> Step:
 
     def run(values: Values) -> None:
         x, w = (values.get(source) for source in sources)
+        x = to_codes(x, group.computes) if x.dtype.kind == "f" else x
         total = accumulate(head, x, w)
         values.put(last, [compose(values, total.ndim).evaluate(total)])
 
@@ -384,15 +390,10 @@ def _fuses(lowered: Lowered, before: Op, op: Op) -> bool:
     )
 
 
-def _multiply_add(values: Values, before: Op, op: Op) -> Array:
-    constants, factors = [], []
-    for source in op.inputs:
-        if source is not None and source.op != before.key:
-            constants.append(values.get(source))
-    for source in before.inputs:
-        if source is not None:
-            factors.append(values.get(source))
-    return fused_multiply_add(factors[0], factors[1], constants[0])
+def _multiply_add(values: Values, before: Op, op: Op) -> list[Array]:
+    factors = [values.get(source) for source in before.inputs if source is not None]
+    addends = [values.get(source) for source in op.inputs if source is not None and source.op != before.key]
+    return [fused_multiply_add(factors[0], factors[1], addends[0])]
 
 
 def _chain(lowered: Lowered, group: Group) -> Step:
