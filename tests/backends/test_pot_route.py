@@ -56,6 +56,19 @@ def sqnr(got: np.ndarray, want: np.ndarray) -> float:
     return float(10 * np.log10(np.square(want).sum() / max(np.square(got.astype(np.float64) - want).sum(), 1e-30)))
 
 
+def weight_of(design: Design, layer: str) -> np.ndarray:
+    """The float weight of a layer, behind QuantizeLinear and DequantizeLinear."""
+    value = design.qdq.node(layer).input[1]
+    kinds = []
+    while (maker := design.qdq.producer(value)) is not None:
+        kinds.append(maker.op_type)
+        value = maker.input[0]
+    assert kinds in (["DequantizeLinear", "QuantizeLinear"], []), kinds
+    weight = design.qdq.constant(value)
+    assert weight is not None
+    return weight
+
+
 class Watcher:
     """A progress that can act while POT runs."""
 
@@ -154,15 +167,7 @@ def test_weights_are_still_float_and_biases_are_corrected(made: tuple[Design, Pa
     for node in design.qdq.nodes:
         if node.op_type != "Conv":
             continue
-        producer = design.qdq.producer(node.input[1])
-        assert producer is not None
-        assert producer.op_type == "DequantizeLinear"
-        value = producer.input[0]
-        while (maker := design.qdq.producer(value)) is not None:  # QuantizeLinear, and clipping before it
-            value = maker.input[0]
-        weight = design.qdq.constant(value)
-        original = folded.constant(folded.node(node.name).input[1])
-        assert weight is not None
+        weight, original = weight_of(design, node.name), folded.constant(folded.node(node.name).input[1])
         assert original is not None
         np.testing.assert_allclose(weight, original, rtol=1e-6)
         before, after = folded.constant(folded.node(node.name).input[2]), design.qdq.constant(node.input[2])
@@ -200,17 +205,22 @@ def test_layers_go_back_to_float_until_the_drop_is_allowed(
     x = images(8, seed=11)
     wrong = outputs(convert(network.folded().graph), x).argmin(axis=1)  # labels that no step can please
     wrong[:4] = outputs(convert(network.folded().graph), x)[:4].argmax(axis=1)
-    told = options(
-        algorithm="AccuracyAwareQuantization",
-        max_drop=-0.0,
-        config={"max_iter_num": 1, "ranking_subset_size": 2, "drop_type": "absolute"},
-    )
+    path = tmp_path / "pot.json"
+    params = {
+        "preset": "performance",
+        "maximal_drop": 0.0,
+        "max_iter_num": 1,
+        "ranking_subset_size": 2,
+        "saturation_fix": "first_layer",  # halved weights come back whole
+    }
+    algorithm = {"name": "AccuracyAwareQuantization", "params": params}
+    path.write_text(json.dumps({"compression": {"algorithms": [algorithm]}}), encoding="utf-8")
     design = design_pot(
         network,
         calibration_set(network, {"x": images(4)}),
         TARGET,
-        told,
-        tmp_path,
+        options(config_path=path),
+        tmp_path / "out",
         validation=ValidationData([{"x": x[:3]}, {"x": x[3:]}], [wrong[:3], wrong[3:]], "eight images"),
     )
     control = design.record["accuracy_control"]
@@ -218,6 +228,11 @@ def test_layers_go_back_to_float_until_the_drop_is_allowed(
     assert control["float"] == pytest.approx(0.5)
     assert any(note.startswith("accuracy control") for note in design.notes)
     assert control["quantized"] is not None
+    assert control["max_drop"] == 0.0
+    assert weight_of(design, "stem_node") is not None
+    np.testing.assert_allclose(
+        weight_of(design, "stem_node"), network.folded().graph.constant("stem_w"), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.slow

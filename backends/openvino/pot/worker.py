@@ -43,7 +43,7 @@ class Channel:
         """Write one event; a parent that is gone ends this process."""
         try:
             with self._lock:
-                self._file.write(json.dumps({"event": event, **fields}) + "\n")
+                self._file.write(json.dumps({"event": event, **fields}, default=float) + "\n")
                 self._file.flush()
         except (BrokenPipeError, ValueError):
             os._exit(3)
@@ -366,7 +366,7 @@ def watcher(channel: Channel, count: int) -> Any:
         now = time.monotonic()
         if now - last[0] > 0.3:
             last[0] = now
-            channel.send("sample", number=item + 1, count=count)
+            channel.send("sample", number=int(item) + 1, count=count)
 
     return watch
 
