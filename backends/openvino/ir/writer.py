@@ -12,7 +12,7 @@ import openvino as ov
 from onnx import helper, numpy_helper
 
 from zsq_deploy.backends.openvino.ir.registry import Op, UnsupportedFormError, element_type
-from zsq_deploy.backends.openvino.ir.rounding import Rounding, read_ranges
+from zsq_deploy.backends.openvino.ir.rounding import Rounding, on_the_side_of, read_ranges
 from zsq_deploy.backends.openvino.ir.stored import Stored, constant_array, layout
 from zsq_deploy.model.graph import Graph
 
@@ -270,7 +270,8 @@ class Writer:
     def _fake_quantized(first: Stored, bounds: Sequence[Stored], node: ov.Node) -> Stored | None:
         if first.rounding is not None:
             return None
-        found = read_ranges(*(bound.values for bound in bounds), levels=int(node.get_attributes()["levels"]))
+        levels = int(node.get_attributes()["levels"])
+        found = read_ranges(*(bound.values for bound in bounds), levels=levels)
         if found is None or found[1] is not None:
             return None
         rounding = found[0]
@@ -290,7 +291,10 @@ class Writer:
             rounding = Rounding(
                 rounding.dtype, rounding.scale.reshape(()), rounding.zero.reshape(()), rounding.low, rounding.high
             )
-        return Stored(first.values, first.name, rounding)
+        values = on_the_side_of(
+            np.asarray(first.values, np.float32), rounding, *(bound.values for bound in bounds[:2]), levels
+        )
+        return Stored(values, first.name, rounding)
 
     def constant(self, name: str, values: Array, *, share: bool = False) -> str:
         """Store an initializer; returns the name that it got.
