@@ -226,8 +226,13 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
         stands_for = [name for name in _candidates(layer) if name in left]
         if not stands_for and layer.kind in _PRODUCTS:  # it goes by the name of the bias or factor that it took in
             stands_for = [behind[name] for name in _candidates(layer) if behind.get(name) in left][:1]
-        values = [f"{name}{VALUES}" for name in stands_for if f"{name}{VALUES}" in left]
-        count = sum(left.pop(name) for name in stands_for)
+        products = [
+            (left.pop(name), operators[name.removesuffix(VALUES)], name)
+            for main in stands_for
+            for name in (main, f"{main}{VALUES}")
+            if name in left
+        ]
+        count = sum(macs for macs, _, _ in products)
         if layer.microseconds is None and not count:
             continue  # folded into a neighbour, or nothing but another view of the same memory
         record = KernelRecord(
@@ -238,8 +243,8 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
             sources=_sources(layer, known),
             macs=count // batch,
         )
-        if values:
-            records.extend(_attention(record, layer, sum(left.pop(name) for name in values) // batch, loaded.mode))
+        if layer.kind == "Subgraph" and products:
+            records.extend(_mixed(record, layer, products, batch, loaded.mode))
             continue
         if not layer.integer:
             product = operators[stands_for[0]] if stands_for else None
@@ -261,23 +266,47 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
     return records
 
 
-def _attention(record: KernelRecord, layer: Layer, values: int, mode: str) -> list[KernelRecord]:
-    """The two products of an attention layer: the first may be of integers, the second reads probabilities.
+def _mixed(
+    record: KernelRecord, layer: Layer, products: Sequence[tuple[int, Any, str]], batch: int, mode: str
+) -> list[KernelRecord]:
+    """The products that one compiled piece of code holds (attention), by whether they multiply integers.
 
-    The time of the layer, softmax included, goes to the float part if there is one.
+    The primitive's name only tells the type of its first input. The time of the layer, softmax included, goes to the float part if
+    there is one.
     """
-    first = layer.integer and any("Dequantization" in name for name in layer.originals)
-    second = first and any("Softmax" in name and "Dequantization" in name for name in layer.originals)
-    if first == second:
-        reason = (
-            "" if first else _mode_reason(mode) or "attention: its queries, keys and probabilities are not quantized"
-        )
-        return [replace(record, integer=first, macs=record.macs + values, reason=reason)]
-    reason = "attention: the probabilities that the softmax gives are not quantized"
-    return [
-        replace(record, integer=True, microseconds=0.0),
-        replace(record, node=f"{record.node}{VALUES}", integer=False, macs=values, reason=reason),
+    whole = [
+        (macs, layer.integer and _multiplies_integers(product, name.endswith(VALUES), layer))
+        for macs, product, name in products
     ]
+    integers = sum(macs for macs, integer in whole if integer)
+    floats = sum(macs for macs, integer in whole if not integer)
+    found = []
+    if integers:
+        found.append(
+            replace(record, integer=True, macs=integers // batch, microseconds=0.0 if floats else record.microseconds)
+        )
+    if floats:
+        reason = _mode_reason(mode) or "attention: not both of its factors are quantized"
+        name = f"{record.node} (float part)" if integers else record.node
+        found.append(replace(record, node=name, integer=False, macs=floats // batch, reason=reason))
+    return found
+
+
+def _multiplies_integers(product: Any, values: bool, layer: Layer) -> bool:
+    """Whether both factors of a product inside a piece of compiled code are integers."""
+    if product.get_type_name() != "ScaledDotProductAttention":
+        return all(_is_rounded(product.input_value(place).get_node()) for place in (0, 1))
+    # OpenVINO takes the operator apart only now; the names say what became of it
+    wanted = "Softmax" if values else "MatMul"
+    return any(wanted in name and "Dequantization" in name for name in layer.originals)
+
+
+def _is_rounded(node: Any) -> bool:
+    node = _through(node)
+    return node.get_type_name() == "FakeQuantize" or (
+        node.get_type_name() in ("Multiply", "Subtract")
+        and _through(node.input_value(0).get_node()).get_type_name() == "Constant"
+    )
 
 
 def _names_behind(operators: Mapping[str, Any], macs: Mapping[str, int]) -> dict[str, str]:

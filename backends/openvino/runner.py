@@ -231,7 +231,7 @@ class OvRunner:
 
 def _name(port: Any) -> str:
     """The name of an input or output. Where one tensor has several, it is that of the node that stands for it."""
-    names = sorted(port.get_names())
+    names = sorted(str(name) for name in port.get_names())
     own = str(port.get_node().get_friendly_name())
     for name in names:
         if own in (name, f"{name}/sink_port_0"):
