@@ -85,7 +85,7 @@ def _activations(graph: Graph, target: Target) -> Iterator[Finding]:
             yield Finding(
                 tensor.quantize,
                 "activation-granularity",
-                f"{tensor.name!r} has a scale for each channel: the layers behind it run in float",
+                f"{tensor.name!r} has a scale for each channel: layers that sum over channels run in float, depthwise ones may",
                 "use one scale for the tensor (NNCF: activations_quantization_params with per_channel=False)",
             )
         elif "16" in tensor.dtype:
@@ -95,11 +95,11 @@ def _activations(graph: Graph, target: Target) -> Iterator[Finding]:
                 f"{tensor.name!r} has 16 bits: the layers behind it run in float",
                 "use 8-bit activations on this target",
             )
-        elif tensor.dtype != wanted and tensor.dtype in ("int8", "uint8") and _read_by_convolution(graph, tensor):
+        elif tensor.dtype != wanted and np.asarray(tensor.zero_point).any():
             yield Finding(
                 tensor.quantize,
                 "activation-type",
-                f"{tensor.name!r} is {tensor.dtype}; {target.name} wants {wanted}",
+                f"{tensor.name!r} is {tensor.dtype} with a zero point; {target.name} wants {wanted}, or signed numbers without one",
                 f"quantize activations to {wanted}",
             )
 
@@ -151,11 +151,6 @@ def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
                     "so the engine computes something else than the graph says",
                     "take the Q/DQ pair between the convolution and the Add away",
                 )
-
-
-def _read_by_convolution(graph: Graph, tensor: QuantizedTensor) -> bool:
-    """Whether a convolution reads it; matrix products (attention) take both types."""
-    return any(reader.op_type in ("Conv", "ConvTranspose") for reader in graph.consumers(tensor.output))
 
 
 def _from_convolution(graph: Graph, value: str) -> bool:

@@ -330,18 +330,25 @@ def _candidates(layer: Layer) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _network_nodes(path: Path) -> frozenset[str] | None:
-    """Names of the network's nodes, from the ONNX file that was loaded or from the Q/DQ graph beside an engine."""
+def _network_nodes(path: Path) -> dict[str, str] | None:
+    """Name of a node or of its first value -> the node, from the ONNX file that was loaded or the Q/DQ graph beside an engine.
+
+    OpenVINO calls an operator by its node's name, or by the output of the network that it makes.
+    """
     beside = path if path.suffix == ".onnx" else path.with_name("qdq.onnx")
     if not beside.is_file():
         return None
-    return frozenset(node.name for node in Graph.load(beside) if not (is_quantize(node) or is_dequantize(node)))
+    nodes = [node for node in Graph.load(beside) if not (is_quantize(node) or is_dequantize(node))]
+    values = {node.output[0]: node.name for node in nodes if node.output}
+    return {**values, **{node.name: node.name for node in nodes}}
 
 
-def _sources(layer: Layer, known: frozenset[str] | None) -> tuple[str, ...]:
+def _sources(layer: Layer, known: Mapping[str, str] | None) -> tuple[str, ...]:
     """The nodes of the network that a layer stands for, the one that gave it its name first."""
-    names = dict.fromkeys(name.removesuffix(BARE) for name in _candidates(layer))
-    return tuple(name for name in names if known is None or name in known)
+    names = (name.removesuffix(BARE) for name in _candidates(layer))
+    if known is None:
+        return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(known[name] for name in names if name in known))
 
 
 def _mode_reason(mode: str) -> str:
