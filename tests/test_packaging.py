@@ -255,6 +255,12 @@ except UsageError as error:
     assert "pip install 'zsq-deploy[onnxruntime]'" in str(error), error
 else:
     raise AssertionError("a runtime that is not installed was found")
+try:
+    get_backend("openvino-cpu")
+except UsageError as error:
+    assert "pip install 'zsq-deploy[openvino]'" in str(error), error
+else:
+    raise AssertionError("a runtime that is not installed was found")
 from zsq_deploy.doctor import examine
 assert examine()["targets"]["ort-x86-vnni"]["builds"] is False
 """
@@ -273,7 +279,7 @@ def test_everything_else_works_without_the_runtimes():
 
 def test_the_command_starts_without_heavy_imports():
     """`zsq --help` answers at once: torch and the runtimes are imported when they are needed."""
-    code = "import sys; from zsq_deploy.cli import main; main(['--help']); sys.exit(any(m in sys.modules for m in ('torch', 'onnxruntime', 'matplotlib')))"
+    code = "import sys; from zsq_deploy.cli import main; main(['--help']); sys.exit(any(m in sys.modules for m in ('torch', 'onnxruntime', 'openvino', 'nncf', 'matplotlib')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if line]
 

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from zsq_deploy.backends.openvino.options import NncfOptions, PotOptions
 from zsq_deploy.errors import UsageError
-from zsq_deploy.recipe import GatesSection, Recipe, describe, parse_shape
+from zsq_deploy.recipe import GatesSection, NncfSection, PotSection, Recipe, describe, parse_shape
 from zsq_deploy.verify.gates import Gates
 
 FULL = """
@@ -283,6 +284,79 @@ def test_every_word_is_described():
         ]
 
     assert set(leaves(dumped)) <= set(words)
+
+
+@pytest.mark.parametrize(("section", "options"), [(NncfSection, NncfOptions), (PotSection, PotOptions)])
+def test_what_vendors_are_told_is_what_their_backend_knows(section, options):
+    assert list(section.model_fields) == [field.name for field in fields(options)]
+    told = section().model_dump()
+    for field in fields(options):
+        assert told[field.name] == getattr(options(), field.name), field.name
+    assert options(**told) == options()
+
+
+def recipe_of(**quantization):
+    return Recipe.of({"model": {"source": "a.onnx"}, "targets": ["openvino-cpu"], "quantization": quantization})
+
+
+def test_a_null_that_differs_from_the_default_is_written(tmp_path):
+    recipe = recipe_of(nncf={"preset": None, "activations_range": None})
+    recipe.dump(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml").quantization == recipe.quantization
+    assert recipe.quantization.nncf.preset is None
+
+
+def test_only_sections_that_are_read_are_written():
+    assert set(yaml.safe_load(recipe_of().to_yaml())["quantization"]) & {"nncf", "pot"} == {"nncf"}
+    assert set(yaml.safe_load(recipe_of(quantizer="pot").to_yaml())["quantization"]) & {"nncf", "pot"} == {"pot"}
+    assert set(yaml.safe_load(recipe_of(quantizer="qdq").to_yaml())["quantization"]) & {"nncf", "pot"} == set()
+
+
+def test_pots_own_words_may_be_null(tmp_path):
+    recipe = recipe_of(quantizer="pot", pot={"config": {"activations": {"range_estimator": None}}})
+    recipe.dump(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml").quantization.pot.config == {"activations": {"range_estimator": None}}
+
+
+def test_paths_of_quantization_count_from_the_recipe(tmp_path):
+    text = """
+model: {source: a.onnx}
+targets: [openvino-cpu]
+quantization:
+  quantizer: pot
+  validation_data: data/held.npz
+  pot: {config_path: pot.json, algorithm: AccuracyAwareQuantization}
+"""
+    spec = Recipe.load(write(tmp_path, text)).quantization
+    assert spec.validation_data == str(tmp_path / "data" / "held.npz")
+    assert spec.pot.config_path == str(tmp_path / "pot.json")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({"quantizer": "qdq", "nncf": {"preset": "performance"}}, "does not read it"),
+        ({"quantizer": "nncf", "pot": {"preset": "performance"}}, "does not read it"),
+        ({"pot": {"preset": "performance"}}, "does not read it"),
+        ({"validation_data": "x.npz"}, "accuracy control"),
+        ({"quantizer": "pot", "validation_data": "x.npz"}, "accuracy control"),
+        ({"quantizer": "nncf", "ranges": "entropy"}, "finds ranges itself"),
+        ({"quantizer": "tensorrt"}, "'auto', 'qdq', 'nncf' or 'pot'"),
+        ({"nncf": {"prest": "mixed"}}, r"no 'quantization\.nncf\.prest'"),
+        ({"nncf": {"range_quantile": 0.7}}, r"quantization\.nncf\.range_quantile"),
+        ({"nncf": {"max_drop": -1}}, r"quantization\.nncf\.max_drop"),
+        ({"compress_weights": "int3"}, r"quantization\.compress_weights"),
+    ],
+)
+def test_mistakes_about_quantizers(quantization, expected):
+    with pytest.raises(UsageError, match=expected):
+        recipe_of(**quantization)
+
+
+def test_accuracy_control_is_that_of_the_chosen_quantizer():
+    assert not recipe_of().quantization.accuracy_control
+    assert recipe_of(nncf={"accuracy_control": True}).quantization.accuracy_control
+    assert recipe_of(quantizer="pot", pot={"algorithm": "AccuracyAwareQuantization"}).quantization.accuracy_control
 
 
 def test_gates_are_those_that_are_checked():

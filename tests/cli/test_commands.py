@@ -20,11 +20,29 @@ from zsq_deploy.recipe import describe
 COMMANDS = ("deploy", "run", "synth", "quantize", "verify", "bench", "report", "inspect", "lint", "doctor", "demo")
 
 
+GROUPS = {
+    "env": ("create", "check", "list", "remove"),
+    "import": ("pot-config",),
+    "export": ("pot-config",),
+}
+
+
+@pytest.mark.parametrize(("group", "command"), [(group, command) for group, held in GROUPS.items() for command in held])
+def test_help_of_groups(zsq, group, command):
+    assert re.search(rf"^  {command}  +\w", zsq(group, "--help").out, re.MULTILINE)
+    said = zsq(group, command, "--help")
+    assert said.code == 0
+    assert f"Usage: zsq {group} {command}" in said.out
+    assert "--json" in said.out
+    assert re.search(rf"^  zsq {group} {command}", said.out, re.MULTILINE), "an example"
+
+
 def test_all_commands_are_there(zsq):
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+    assert {group.name for group in app.registered_groups} == set(GROUPS)
     said = zsq("--help")
     assert said.code == 0
-    for name in COMMANDS:
+    for name in (*COMMANDS, *GROUPS):
         assert re.search(rf"^  {name}  +\w", said.out, re.MULTILINE)
     assert "..." not in said.out.partition("Commands:")[2]  # every summary is whole
     assert zsq("--version").out == f"zsq-deploy {__version__}\n"
@@ -301,7 +319,8 @@ def test_lint_has_nothing_against_engines_of_real_networks(assets, tmp_path, zsq
 def test_doctor(zsq):
     said = zsq("doctor", "--json")
     assert said.code == 0
-    assert {"ort-x86-vnni", "ort-x86-avx2", "ort-arm64"} <= set(said.json["targets"])
+    assert {"ort-x86-vnni", "ort-x86-avx2", "ort-arm64", "openvino-cpu"} <= set(said.json["targets"])
+    assert [item["name"] for item in said.json["environments"]] == ["pot"]
     assert said.json["packages"]["onnxruntime"]
     people = zsq("doctor").out
     for word in ("CPU", "CUDA", "onnxruntime", "ort-x86-vnni", "ort-arm64", "zsq demo"):

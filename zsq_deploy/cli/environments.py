@@ -12,7 +12,6 @@ from rich.table import Table
 
 from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json, progress_for
-from zsq_deploy.report.words import bytes_text
 
 __all__ = ["app"]
 
@@ -74,6 +73,7 @@ def list_all(as_json: o.JsonOpt = False) -> int:
     zsq env list
     """
     from zsq_deploy.backends.openvino.pot import environment
+    from zsq_deploy.report.words import bytes_text
 
     found = environment.list_environments()
     if as_json:
