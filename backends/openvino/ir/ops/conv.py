@@ -118,17 +118,30 @@ def transposed_convolution(op: Op) -> None:
     weight, groups, kernel = _filters(op, op.kind.startswith("Group"), True)
     rank = op.rank(0) - 2
     found = _window(op, rank)
-    extra = [int(value) for value in op.attrs.get("output_padding") or []]
+    extra = [int(value) for value in op.attrs.get("output_padding") or [0] * rank]
+    if op.has(2):
+        found.pop("auto_pad", None)
+        found["pads"], extra = _cut_to(op, op.ints(2), kernel, extra)
     if any(extra):
         found["output_padding"] = extra
-    if op.has(2):
-        found["output_shape"] = op.ints(2)
-        found.pop("pads", None)
-        # what is left over goes to the end, as OpenVINO has it for explicit padding and for SAME_UPPER
-        found["auto_pad"] = "SAME_LOWER" if found.get("auto_pad") == "SAME_LOWER" else "SAME_UPPER"
     if len(kernel) == rank:
         found["kernel_shape"] = kernel
     _deliver(op, "ConvTranspose", [op.input(0), weight], {**found, "group": groups})
+
+
+def _cut_to(op: Op, wanted: list[int], kernel: list[int], extra: list[int]) -> tuple[list[int], list[int]]:
+    """Pads and output padding of a transposed convolution whose output size is given; OpenVINO worked out the pads in front."""
+    sizes = op.shape(0)[2:]
+    begin = [int(value) for value in op.attrs["pads_begin"]]
+    end, more = [], []
+    for axis, size in enumerate(sizes):
+        if size is None or not begin:
+            raise UnsupportedFormError("a given output shape for an input size that is open")
+        stride, dilation = int(op.attrs["strides"][axis]), int(op.attrs["dilations"][axis])
+        rest = stride * (size - 1) + (kernel[axis] - 1) * dilation + 1 + extra[axis] - wanted[axis] - begin[axis]
+        end.append(max(rest, 0))
+        more.append(extra[axis] + max(-rest, 0))
+    return [*begin, *end], more
 
 
 def _swapped(rank: int) -> list[int]:

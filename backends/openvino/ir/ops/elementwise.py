@@ -52,18 +52,8 @@ def _is_float(kind: str) -> bool:
 
 @translates("Divide")
 def divide(op: Op) -> None:
-    """Quotient; of integers it is rounded down (Python) or towards zero."""
-    pair = operands(op)
-    if _is_float(op.result_type) or not op.attrs.get("m_pythondiv", True):
-        op.emit("Div", pair)
-        return
-    kind = op.result_type
-    if kind.startswith("u"):
-        op.emit("Div", pair)
-        return
-    # rounded down: the remainder with the divisor's sign is taken off first, then the quotient is whole
-    rest = op.step("Mod", pair)
-    op.emit("Div", [op.step("Sub", [pair[0], rest]), pair[1]])
+    """Quotient; integers are rounded towards zero, as the CPU plugin does it whatever `m_pythondiv` says."""
+    op.emit("Div", operands(op))
 
 
 @translates("NotEqual")
@@ -123,7 +113,7 @@ def clamp(op: Op) -> None:
     low, high = float(op.attrs["min"]), float(op.attrs["max"])
     if _is_float(op.result_type):
         kind, top = np.dtype(np.float32), float(np.finfo(np.float32).max)
-        bounds = [np.float32(low), np.float32(high)]
+        bounds = [np.float32(np.clip(bound, -top, top)) for bound in (low, high)]
         open_ = [low <= -top, high >= top]
     else:
         kind = np.dtype(
