@@ -162,25 +162,21 @@ def openvino_file(model: Model, x: np.ndarray, title: str, folder: Path) -> Path
 
 def compare_openvino(path: Path, x: np.ndarray, *, batch: int, row: str) -> bool:
     """Print one line for an OpenVINO engine; return whether everything is equal."""
-    import openvino as ov
-
     from zsq_deploy.backends.openvino.integer import IntegerReference as Reference
-    from zsq_deploy.backends.openvino.lowered import properties
+    from zsq_deploy.backends.openvino.runner import OvRunner
 
-    reference = Reference(path)
-    core = ov.Core()
-    engine = core.compile_model(core.read_model(path), "CPU", properties({}))
+    reference, engine = Reference(path), OvRunner(path, get_target("openvino-cpu"))
     equal = total = 0
     largest = seconds = 0.0
     for start in range(0, len(x), batch):
         feeds = {reference.input_names[0]: x[start : start + batch]}
-        results = engine(feeds)
+        results = engine.run(feeds)
         began = time.perf_counter()
         ours = reference.run(feeds)
         seconds += time.perf_counter() - began
-        for port, name in zip(engine.outputs, reference.output_names, strict=True):
-            same, gap = difference(results[port], ours[name])
-            equal, total, largest = equal + same, total + results[port].size, max(largest, gap)
+        for name, array in results.items():
+            same, gap = difference(array, ours[name])
+            equal, total, largest = equal + same, total + array.size, max(largest, gap)
     print(
         f"{row:55s} {total:9d} {equal / total:11.7f} {largest:7.1f} {len(reference.integer_nodes):4d} "
         f"{len(reference.float_nodes):4d} {1000 * seconds / len(x):8.1f}",

@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from zsq_deploy.backends.openvino.lowered import Op, Source
+from zsq_deploy.backends.openvino.reading import first_line
+from zsq_deploy.backends.openvino.runtime import core, ov
 from zsq_deploy.errors import UnsupportedOpError
 
 __all__ = ["Island"]
@@ -54,7 +55,7 @@ class Island:
             for source in dict.fromkeys(source for op in ops for source in op.inputs if source is not None)
             if source.op not in inside and source.op not in constants
         ]
-        self._models: dict[tuple[str, ...], ov.CompiledModel] = {}
+        self._models: dict[tuple[str, ...], Any] = {}
 
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
         """All results of the last operator.
@@ -62,14 +63,14 @@ class Island:
         Args:
             arrays: One array for each of :attr:`variable`.
         """
-        key = tuple(f"{array.dtype}/{array.ndim}" for array in arrays)
+        key = tuple(f"{array.dtype}{list(array.shape)}" for array in arrays)
         if key not in self._models:
             self._models[key] = self._compile(arrays)
         model = self._models[key]
         results = model([np.ascontiguousarray(array) if array.ndim else array for array in arrays])
         return [np.array(results[port]) for port in model.outputs]
 
-    def _compile(self, arrays: Sequence[Array]) -> ov.CompiledModel:
+    def _compile(self, arrays: Sequence[Array]) -> Any:
         net = ElementTree.Element("net", name="island", version="11")
         layers, edges = ElementTree.SubElement(net, "layers"), ElementTree.SubElement(net, "edges")
         numbers = bytearray()
@@ -78,17 +79,17 @@ class Island:
         def layer(name: str, kind: str, version: str = "opset1") -> ElementTree.Element:
             return ElementTree.SubElement(layers, "layer", id=str(len(layers)), name=name, type=kind, version=version)
 
-        def port(parent: ElementTree.Element, number: int, array: Array, fixed: bool) -> None:
+        def port(parent: ElementTree.Element, number: int, array: Array) -> None:
             precision = _PRECISIONS[str(array.dtype)].upper().replace("F", "FP")
             entry = ElementTree.SubElement(parent, "port", id=str(number), precision=precision)
             for size in array.shape:
-                ElementTree.SubElement(entry, "dim").text = str(size if fixed else -1)
+                ElementTree.SubElement(entry, "dim").text = str(size)
 
         for place, (source, array) in enumerate(zip(self.variable, arrays, strict=True)):
             element = layer(f"in{place}", "Parameter")
-            shape = ",".join(["?"] * array.ndim)
+            shape = ",".join(str(size) for size in array.shape)
             ElementTree.SubElement(element, "data", shape=shape, element_type=_PRECISIONS[str(array.dtype)])
-            port(ElementTree.SubElement(element, "output"), 0, array, False)
+            port(ElementTree.SubElement(element, "output"), 0, array)
             made[source.op, source.port] = element.get("id", ""), "0"
         constants = {**self._constants, **{f"{op.key}.alpha": _alpha(op) for op in self._ops if op.type == _SWISH}}
         for name, array in constants.items():
@@ -103,7 +104,7 @@ class Island:
                 size=str(len(values)),
             )
             numbers.extend(values)
-            port(ElementTree.SubElement(element, "output"), 0, array, True)
+            port(ElementTree.SubElement(element, "output"), 0, array)
             made[name, 0] = element.get("id", ""), "0"
         for op in self._ops:
             element = self._layer(op, str(len(layers)))
@@ -134,14 +135,13 @@ class Island:
                 {"from-layer": start, "from-port": first, "to-layer": element.get("id", ""), "to-port": "0"},
             )
         try:
-            core = ov.Core()
             weights = ov.Tensor(np.frombuffer(bytes(numbers) or b"\0", np.uint8).copy())
-            model = core.read_model(ElementTree.tostring(net), weights)
-            return core.compile_model(model, "CPU", self._config)
+            model = core().read_model(ElementTree.tostring(net), weights)
+            return core().compile_model(model, "CPU", self._config)
         except RuntimeError as error:
             names = ", ".join(f"{op.type} ({op.name})" for op in self._ops)
             raise UnsupportedOpError(
-                f"OpenVINO does not compute {names} on its own: {str(error).strip().splitlines()[-1]}",
+                f"OpenVINO does not compute {names} on its own: {first_line(error)}",
                 remedy="compare with the fake-quant reference only",
             ) from error
 

@@ -22,11 +22,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
+from zsq_deploy.backends.openvino.runner import OvRunner
 from zsq_deploy.errors import EngineError
 
-__all__ = ["Group", "Lowered", "Op", "Source", "lower", "properties"]
+__all__ = ["Group", "Lowered", "Op", "Source", "lower"]
 
 Array = npt.NDArray[Any]
 
@@ -77,6 +77,9 @@ class Op:
         precisions: For each output its element type, ``u8``.
         constant: The numbers of a ``Const``.
         element: The operator as it stands in the XML.
+        body: For a ``Subgraph`` (several operators compiled into one kernel): its operators in order.
+        entries: For each of its inputs the parameter in the body.
+        exits: For each of its outputs the value in the body.
     """
 
     key: str
@@ -88,6 +91,9 @@ class Op:
     precisions: tuple[str, ...]
     constant: Array | None
     element: ElementTree.Element = field(repr=False)
+    body: tuple[Op, ...] = ()
+    entries: tuple[Op, ...] = ()
+    exits: tuple[Source, ...] = ()
 
     def ints(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """An attribute that is a list of integers."""
@@ -136,14 +142,12 @@ class Lowered:
         groups: The executed nodes that compute any of them, in order of execution.
         inputs: Names of the model's inputs, and the operators that stand for them.
         outputs: Names of the model's outputs, and what they show.
-        compiled: The compiled model itself.
     """
 
     ops: Mapping[str, Op]
     groups: tuple[Group, ...]
     inputs: Mapping[str, Op]
     outputs: Mapping[str, Source]
-    compiled: ov.CompiledModel = field(repr=False)
     _ends: Mapping[str, Op] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -167,21 +171,15 @@ class Lowered:
         return self.ops[source.op]
 
 
-def properties(session: Mapping[str, str], threads: int = 1) -> dict[str, Any]:
-    """OpenVINO properties for one stream of execution, from a target's session entries (``device`` left out)."""
-    own = {key: value for key, value in session.items() if key != "device"}
-    return {"INFERENCE_PRECISION_HINT": "f32", **own, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-
-
-def lower(path: Path, config: Mapping[str, Any]) -> Lowered:
-    """Compile a file for the CPU and read what became of it.
+def lower(runner: OvRunner, feeds: Mapping[str, Array]) -> Lowered:
+    """What the CPU plugin makes of a model for inputs of these shapes.
 
     Args:
-        path: An IR (``.xml``) or an ONNX file.
-        config: Properties, as :func:`properties` makes them.
+        runner: The loaded model; it is compiled once more, with the same properties.
+        feeds: One array an input; only the shapes matter.
 
     Raises:
-        EngineError: OpenVINO does not load the file, or its exported form is not understood (another version of OpenVINO).
+        EngineError: The model does not run on a CPU here, or its exported form is not understood (another version of OpenVINO).
     """
     written: list[bytes] = []
 
@@ -189,28 +187,26 @@ def lower(path: Path, config: Mapping[str, Any]) -> Lowered:
         written.append(text if isinstance(text, bytes) else str(text).encode())
         return text
 
-    try:
-        core = ov.Core()
-        compiled = core.compile_model(
-            core.read_model(path), "CPU", {**config, "CACHE_ENCRYPTION_CALLBACKS": [note, lambda text: text]}
-        )
-        stream = compiled.export_model()
-    except RuntimeError as error:
+    if runner.device != "CPU":
         raise EngineError(
-            f"OpenVINO does not load this file: {str(error).strip().splitlines()[-1]}",
-            where=str(path),
-            remedy="build the engine again",
-        ) from error
+            f"the integer reference describes OpenVINO's CPU plugin, and this engine runs on {runner.device}",
+            where=str(runner.path),
+            remedy="compare with the fake-quant reference only",
+        )
+    _, compiled = runner.compiled(feeds, CACHE_ENCRYPTION_CALLBACKS=[note, lambda text: text])
+    stream = compiled.export_model()
     blob = stream.getvalue() if isinstance(stream, io.BytesIO) else bytes(stream)
     if not written:
         raise EngineError(
             "OpenVINO does not say what it made of this engine: its exported form holds no readable graph",
-            where=str(path),
+            where=str(runner.path),
             remedy="use the version of OpenVINO that zsq-deploy was tested with (constraints.txt)",
         )
-    ops = _operators(written[-1], _constants(blob, path))
-    groups = tuple(_groups(compiled, ops))
-    return Lowered(ops, groups, _inputs(compiled, ops), _outputs(compiled, ops), compiled)
+    root = ElementTree.fromstring(written[-1].rstrip(b"\0"))  # noqa: S314 - written by OpenVINO in this very process
+    ops: dict[str, Op] = {}
+    outer = _operators(root, _constants(blob, runner.path), "", ops)
+    groups = tuple(_groups(compiled, outer))
+    return Lowered(ops, groups, _inputs(compiled, outer, runner), _outputs(compiled, outer, runner))
 
 
 def _constants(blob: bytes, path: Path) -> memoryview:
@@ -241,19 +237,19 @@ def _numbers(layer: ElementTree.Element, numbers: memoryview) -> Array | None:
     return array.reshape(shape)
 
 
-def _operators(text: bytes, numbers: memoryview) -> dict[str, Op]:
-    root = ElementTree.fromstring(text.rstrip(b"\0"))  # noqa: S314 - written by OpenVINO in this very process
+def _operators(root: ElementTree.Element, numbers: memoryview, prefix: str, ops: dict[str, Op]) -> dict[str, Op]:
+    """Read one graph: into `ops`, with the bodies of its subgraphs; its own operators are returned."""
     edges: dict[str, dict[str, tuple[str, str]]] = {}
-    for edge in root.iter("edge"):
+    for edge in root.iterfind("./edges/edge"):
         target = edges.setdefault(edge.get("to-layer", ""), {})
         target[edge.get("to-port", "")] = (edge.get("from-layer", ""), edge.get("from-port", ""))
-    layers = {layer.get("id", ""): layer for layer in root.iter("layer")}
+    layers = {layer.get("id", ""): layer for layer in root.iterfind("./layers/layer")}
     places = {  # (layer, number of the port in the XML) -> number of the output
         (key, port.get("id", "")): place
         for key, layer in layers.items()
         for place, port in enumerate(layer.iterfind("./output/port"))
     }
-    ops: dict[str, Op] = {}
+    own: dict[str, Op] = {}
     for key, layer in layers.items():
         inputs: list[Source | None] = []
         for port in layer.iterfind("./input/port"):
@@ -263,14 +259,15 @@ def _operators(text: bytes, numbers: memoryview) -> dict[str, Op]:
                 and (layers[found[0]].find("data") is not None)
                 and layers[found[0]].find("data").get("element_type") == "dynamic"  # type: ignore[union-attr]
             )
-            inputs.append(None if found is None or empty else Source(found[0], places[found]))
+            inputs.append(None if found is None or empty else Source(prefix + found[0], places[found]))
         data = layer.find("data")
         ports = list(layer.iterfind("./output/port"))
         attrs = dict(data.attrib) if data is not None else {}
         if layer.get("output_names"):
             attrs["output_names"] = layer.get("output_names", "")
-        ops[key] = Op(
-            key=key,
+        body, entries, exits = _body(layer, numbers, f"{prefix}{key}/", ops)
+        own[prefix + key] = ops[prefix + key] = Op(
+            key=prefix + key,
             name=layer.get("name", ""),
             type=layer.get("type", ""),
             attrs=attrs,
@@ -279,8 +276,29 @@ def _operators(text: bytes, numbers: memoryview) -> dict[str, Op]:
             precisions=tuple(port.get("precision", "").lower().replace("fp", "f") for port in ports),
             constant=_numbers(layer, numbers),
             element=layer,
+            body=body,
+            entries=entries,
+            exits=exits,
         )
-    return ops
+    return own
+
+
+def _body(
+    layer: ElementTree.Element, numbers: memoryview, prefix: str, ops: dict[str, Op]
+) -> tuple[tuple[Op, ...], tuple[Op, ...], tuple[Source, ...]]:
+    root = layer.find("body")
+    if root is None or layer.get("type") != "Subgraph":
+        return (), (), ()
+    inner = _operators(root, numbers, prefix, ops)
+
+    def mapped(kind: str) -> list[Op]:
+        entries = layer.findall(f"./port_map/{kind}")
+        entries.sort(key=lambda entry: int(entry.get("external_port_id", 0)))
+        return [inner[prefix + entry.get("internal_layer_id", "")] for entry in entries]
+
+    exits = [source for op in mapped("output") if (source := op.inputs[0]) is not None]
+    kept = tuple(op for op in inner.values() if op.type not in ("Const", "Parameter", "Result"))
+    return kept, tuple(mapped("input")), tuple(exits)
 
 
 def _split(text: str) -> Iterator[str]:
@@ -301,7 +319,7 @@ def _split(text: str) -> Iterator[str]:
         yield name
 
 
-def _groups(compiled: ov.CompiledModel, ops: Mapping[str, Op]) -> Iterator[Group]:
+def _groups(compiled: Any, ops: Mapping[str, Op]) -> Iterator[Group]:
     by_name: dict[str, Op] = {}
     for op in ops.values():
         if op.type not in ("Const", "Parameter", "Result"):
@@ -350,23 +368,27 @@ def _names(text: str, known: Mapping[str, Any]) -> Iterator[str]:
             start += 1
 
 
-def _inputs(compiled: ov.CompiledModel, ops: Mapping[str, Op]) -> dict[str, Op]:
+def _inputs(compiled: Any, ops: Mapping[str, Op], runner: OvRunner) -> dict[str, Op]:
     parameters = [op for op in ops.values() if op.type == "Parameter"]
     named = {name: op for op in parameters for name in (op.name, *(n for names in op.outputs for n in names))}
-    found: dict[str, Op] = {}
-    for place, port in enumerate(compiled.inputs):
-        name = port.get_any_name()
-        found[name] = named.get(name, parameters[place])
-    return found
+    return {
+        name: next((named[n] for n in _titles(port) if n in named), parameters[place])
+        for place, (name, port) in enumerate(zip(runner.input_names, compiled.inputs, strict=True))
+    }
 
 
-def _outputs(compiled: ov.CompiledModel, ops: Mapping[str, Op]) -> dict[str, Source]:
+def _outputs(compiled: Any, ops: Mapping[str, Op], runner: OvRunner) -> dict[str, Source]:
     results = [op for op in ops.values() if op.type == "Result"]
-    named = {name: op for op in results for name in _split(op.attrs.get("output_names", ""))}
+    named = {name: op for op in results for name in (op.name, *_split(op.attrs.get("output_names", "")))}
     found: dict[str, Source] = {}
-    for place, port in enumerate(compiled.outputs):
-        name = port.get_any_name()
-        source = named.get(name, results[place]).inputs[0]
+    for place, (name, port) in enumerate(zip(runner.output_names, compiled.outputs, strict=True)):
+        result = next((named[n] for n in _titles(port) if n in named), results[place])
+        source = result.inputs[0]
         assert source is not None
         found[name] = source
     return found
+
+
+def _titles(port: Any) -> list[str]:
+    """The friendly name of a port's node, and the names of its tensor."""
+    return [str(port.get_node().get_friendly_name()), *sorted(str(name) for name in port.get_names())]

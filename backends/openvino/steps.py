@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -85,6 +86,8 @@ class Values:
 
     def evaluate(self, op: Op) -> list[Array]:
         """One operator on its own."""
+        if op.body:
+            return self._subgraph(op)
         if op.type == "FakeQuantize":
             formula, axis, source = requantization(self.lowered, op)
             x = np.asarray(self.get(source), np.float32)
@@ -108,11 +111,33 @@ class Values:
                 return [ELEMENTWISE[op.type](op, arrays)]
             except NotImplementedError:
                 pass
+        if op.type == "MatMul" and all(array.dtype.kind in "iu" for array in arrays):
+            return [accumulate(op, arrays[0], arrays[1]).astype(np.float32)]
         if op.type in _POOLS and (op.type == "MaxPool" or arrays[0].dtype.kind in "iu"):
             return [max_pool(op, arrays[0]) if op.type == "MaxPool" else average_pool(op, arrays[0])]
         if op.type in _REDUCTIONS and arrays[0].dtype.kind in "iu":
             return [_reduce(op, arrays)]
         return self.island(op)
+
+    def _subgraph(self, op: Op) -> list[Array]:
+        """Several operators in one kernel: one after the other, a multiplication and the addition behind it in one instruction."""
+        for entry, source in zip(op.entries, op.inputs, strict=True):
+            assert source is not None
+            self.put(entry, [self.get(source)])
+        readers = Counter(source.op for part in op.body for source in part.inputs if source is not None)
+        readers.update(source.op for source in op.exits)
+        for part in op.body:
+            factor = next((s for s in part.inputs if part.type == "Add" and s is not None and readers[s.op] == 1), None)
+            before = None if factor is None else self.lowered.ops[factor.op]
+            if before is not None and before.type == "Multiply":
+                self.put(part, multiply_add(self, before, part))
+            else:
+                self.put(part, self.evaluate(part))
+        results = [self.get(source) for source in op.exits]
+        for part in (*op.entries, *op.body):
+            for port in range(len(part.outputs)):
+                self.drop(Source(part.key, port))
+        return results
 
     def island(self, op: Op) -> list[Array]:
         """One operator by OpenVINO's own kernel, in float32 if it computes with floating-point numbers."""
@@ -390,7 +415,7 @@ def _fuses(lowered: Lowered, before: Op, op: Op) -> bool:
     )
 
 
-def _multiply_add(values: Values, before: Op, op: Op) -> list[Array]:
+def multiply_add(values: Values, before: Op, op: Op) -> list[Array]:
     factors = [values.get(source) for source in before.inputs if source is not None]
     addends = [values.get(source) for source in op.inputs if source is not None and source.op != before.key]
     return [fused_multiply_add(factors[0], factors[1], addends[0])]
@@ -400,21 +425,22 @@ def _chain(lowered: Lowered, group: Group) -> Step:
     """A node without sums of products: its operators one after the other, results in float32 until the last."""
     ops = group.ops
     exact = True
-    moving = all(op.type in (*MOVEMENTS, "MaxPool", "Convert") for op in ops)
-    for op in ops:
-        known = op.type in MOVEMENTS or op.type in ELEMENTWISE or op.type in ("FakeQuantize", "MaxPool")
+    parts = [part for op in ops for part in (op.body or (op,))]
+    moving = all(op.type in (*MOVEMENTS, "MaxPool", "Convert") for op in parts)
+    for op in parts:
+        known = op.type in MOVEMENTS or op.type in ELEMENTWISE or op.type in ("FakeQuantize", "MaxPool", "MatMul")
         reads = any(_is_code(lowered, s) for s in op.inputs[:1] if s is not None)
         if not known and not (op.type in ("AvgPool", *_REDUCTIONS) and reads):
             exact = False
     codes = group.precision in _CODES or any(s is not None and _is_code(lowered, s) for op in ops for s in op.inputs)
     role: Role = "moving" if moving else "integer" if exact and codes else "float"
-    if not codes and not any(p.startswith("f") for op in ops for p in op.precisions):
+    if not codes and not any(p.startswith("f") for op in parts for p in op.precisions):
         role = "shape"
 
     def run(values: Values) -> None:
         for before, op in zip((None, *ops), ops, strict=False):
             if before is not None and _fuses(lowered, before, op):
-                results = [_multiply_add(values, before, op)]
+                results = [multiply_add(values, before, op)]
             else:
                 results = values.evaluate(op)
             if op is not ops[-1]:
@@ -424,7 +450,7 @@ def _chain(lowered: Lowered, group: Group) -> Step:
             for port in range(len(op.outputs)):
                 values.drop(Source(op.key, port))
         last = ops[-1]
-        if group.precision in (*_CODES, "f32"):
+        if group.precision in (*_CODES, "f32") and not last.body:
             values.put(
                 last,
                 [to_codes(values.get(Source(last.key, port)), group.precision) for port in range(len(last.outputs))],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zsq_deploy.backends.openvino.kernels.float32 import fused_multiply_add
+from zsq_deploy.backends.openvino.kernels.float32 import fused_multiply_add, to_codes
 from zsq_deploy.backends.openvino.lowered import Op
 
 __all__ = ["ELEMENTWISE"]
@@ -77,6 +77,16 @@ def _convert(op: Op, arrays: Sequence[Array]) -> Array:
     return arrays[0] if op.precisions[0] not in ("f32",) else np.asarray(arrays[0], np.float32)
 
 
+def _saturate(op: Op, arrays: Sequence[Array]) -> Array:
+    return to_codes(arrays[0], op.precisions[0])
+
+
+def _round(op: Op, arrays: Sequence[Array]) -> Array:
+    if op.attrs.get("mode", "half_to_even") != "half_to_even":
+        raise NotImplementedError
+    return np.rint(_floats(arrays)[0])
+
+
 ELEMENTWISE: Mapping[str, Callable[[Op, Sequence[Array]], Array]] = {
     "Add": _binary(np.add),
     "Subtract": _binary(np.subtract),
@@ -93,5 +103,7 @@ ELEMENTWISE: Mapping[str, Callable[[Op, Sequence[Array]], Array]] = {
     "Clamp": _clamp,
     "Convert": _convert,
     "ConvertTruncation": _convert,
+    "ConvertSaturation": _saturate,
+    "Round": _round,
 }
 """Operator -> function of the operator and its inputs, all broadcast by numpy's rules."""
