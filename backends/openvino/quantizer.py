@@ -145,7 +145,8 @@ def build(
             "ranges_digest": str(getattr(ranges, "digest", "") or ""),
             "set_digest": str(getattr(calibration, "digest", "") or ""),
             "engine_from": "the vendor's IR as it is" if keeps else "the Q/DQ graph",
-            "corrects_biases": design.corrects_biases,
+            # The vendor corrected them for its own rounding: settled scales round anew, and their means have to be corrected anew.
+            "corrects_biases": design.corrects_biases and keeps,
             "decided": dict(design.record),
             **record,
         }

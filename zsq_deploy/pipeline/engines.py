@@ -41,8 +41,8 @@ class EngineSettings(BuildSettings):
     """What a recipe can say about an engine; the words of :class:`~zsq_deploy.backends.BuildSettings`, and how it is searched for.
 
     Attributes:
-        bias_correction: Shift every bias by the mean error that quantization causes, layer by layer. An engine whose quantizer has
-            done that already is left alone.
+        bias_correction: Shift every bias by the mean error that quantization causes, layer by layer. An engine that is what NNCF or
+            POT wrote, with biases that they corrected, is left alone.
         search: Measure candidates for what to quantize and take the best; ``False``: the default placement.
         choice: Target name -> what an earlier search chose for it; nothing is measured then.
     """
@@ -135,7 +135,7 @@ def build_engine(
     if pinned is not None:
         options = _chosen_before(backend.candidates(model.folded().graph, target, options), pinned, target)
     if settings.search and settings.op_types is None and pinned is None:
-        # Who corrects biases itself is compared with the others after theirs were corrected. One image more or less decides nothing.
+        # All are compared after their biases were corrected, by whomever. One image more or less decides nothing.
         more = {"refine": correction, "tolerance_agreement": 1.5 / JUDGE_IMAGES} if several else {}
         choice = backend.choose(
             model,
