@@ -20,62 +20,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _comparison import NETWORKS, Network, Tally, cell, real_halves
 
 from zsq_deploy.artifact import read_json, write_json
 from zsq_deploy.backends import get_backend, get_target
-from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.evaldata import EvalData, load_eval_data
-from zsq_deploy.model import Model, Preprocess, load_model
+from zsq_deploy.model import Model, load_model
 from zsq_deploy.pipeline import EngineSettings, Images, build_engine, make_images, measure_ranges
 
 METHODS = ("zeroq", "genie", "real", "plain", "fractal", "gaussian", "uniform", "ones", "bn-analytic")
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of the assets, how images become its input, and what it is scored on."""
-
-    file: str
-    preprocess: Preprocess
-    data: str
-    labelled: bool = True
-    resize: bool = False
-    input_shape: tuple[int, ...] | None = None
-    images: int = 128
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NETWORKS = {
-    "resnet20_cifar10": Network("resnet20_cifar10.onnx", IMAGENET, "cifar10_test.npz"),
-    "mlperf_tiny_resnet8_cifar10": Network(
-        "mlperf_tiny_resnet8_cifar10.onnx", Preprocess(raw_pixels=True), "cifar10_test.npz"
-    ),
-    "mobilenet_v1_025_imagenet": Network(
-        "mobilenet_v1_025_imagenet.onnx",
-        Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        "imagenet_like_224",
-        parameters={"genie": {"steps": 300}},
-    ),
-    "squeezenet11_imagenet": Network("squeezenet11_imagenet.onnx", IMAGENET, "imagenet_like_224"),
-    "mlperf_tiny_mobilenet_v1_025_vww": Network(
-        "mlperf_tiny_mobilenet_v1_025_vww.onnx",
-        Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-        "imagenet_like_224",
-        labelled=False,
-        resize=True,
-        parameters={"genie": {"steps": 300}},
-    ),
-    "vit_cifar10": Network(
-        "vit_cifar10.onnx", Preprocess((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar10_test.npz"
-    ),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,24 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def real_set(model: Model, data: EvalData, indices: np.ndarray) -> CalibrationSet:
-    """Real images as a calibration set (for the baseline only)."""
-    pixels, _ = next(data.take(indices).batches(len(indices)))
-    arrays = {model.inputs[0].name: model.preprocess.apply(pixels)}
-    return CalibrationSet.from_arrays(arrays, CalibrationManifest.of(model, method="real", seed=0))
-
-
 def parts(
     model: Model, network: Network, data: EvalData, method: str, options: Any
 ) -> Iterator[tuple[Images, EvalData]]:
     """Calibration images, and what the engine that they make is scored on."""
     count = options.images or network.images
     if method in ("real", "plain"):
-        halves = np.random.default_rng(options.seed).permutation(len(data))
-        first, second = halves[: len(data) // 2], halves[len(data) // 2 :]
-        for chosen, scored in ((first, second), (second, first)):
-            calibration = real_set(model, data, chosen[: min(count, len(chosen))])
-            yield Images(calibration, calibration, "real", 0.0), data.take(scored)
+        for calibration, scored in real_halves(model, data, count, options.seed):
+            yield Images(calibration, calibration, "real", 0.0), scored
         return
     images = make_images(
         model,
@@ -164,8 +113,7 @@ def score(
     """Accuracy of float and engine, and their agreement, over all images."""
     target = get_target("ort-x86-vnni")
     backend = get_backend(target)
-    right_float, right_engine, same, total, seconds = 0, 0, 0, 0, 0.0
-    noise = signal = 0.0
+    tally, seconds = Tally(), 0.0
     for images, scored in parts(model, network, data, method, options):
         seconds += images.seconds
         if method == "plain":
@@ -179,25 +127,8 @@ def score(
             ).engine
             runner = backend.runner(engine.path, target, threads=options.threads)
             floating = backend.runner(engine.float_path, target, threads=options.threads, mode="float")
-            for pixels, labels in scored.batches(32):
-                feeds = {model.inputs[0].name: model.preprocess.apply(pixels)}
-                got = next(iter(runner.run(feeds).values()))
-                wanted = next(iter(floating.run(feeds).values()))
-                a, b = got.argmax(1), wanted.argmax(1)
-                right_float += int((b == labels).sum())
-                right_engine += int((a == labels).sum())
-                same += int((a == b).sum())
-                total += len(labels)
-                signal += float(np.square(wanted, dtype=np.float64).sum())
-                noise += float(np.square(got.astype(np.float64) - wanted).sum())
-    return {
-        "float": right_float / total if network.labelled else None,
-        "engine": right_engine / total if network.labelled else None,
-        "agreement": same / total,
-        "sqnr_db": 10 * float(np.log10(signal / max(noise, 1e-30))),
-        "images": total,
-        "synthesis_seconds": seconds,
-    }
+            tally.add(model, runner, floating, scored)
+    return {**tally.row(network.labelled), "synthesis_seconds": seconds}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -207,19 +138,10 @@ def markdown(results: dict[str, Any]) -> str:
         "|---" * (len(METHODS) + 2) + "|",
     ]
     for name, rows in results.items():
-        cells, floating = [], "-"
-        for method in METHODS:
-            found = [row for key, row in rows.items() if key.split("/")[0] == method and "error" not in row]
-            if not found:
-                failed = any(key.split("/")[0] == method for key in rows)
-                cells.append("failed" if failed else "-")
-                continue
-            agreement = 100 * float(np.mean([row["agreement"] for row in found]))
-            if found[0]["engine"] is None:
-                cells.append(f"({agreement:.1f})")
-            else:
-                floating = f"{100 * found[0]['float']:.2f}"
-                cells.append(f"{100 * float(np.mean([row['engine'] for row in found])):.2f} ({agreement:.1f})")
+        found = {method: [row for key, row in rows.items() if key.split("/")[0] == method] for method in METHODS}
+        cells = [cell(found[method]) for method in METHODS]
+        known = [row["float"] for row in rows.values() if row.get("float") is not None]
+        floating = f"{100 * known[-1]:.2f}" if known else "-"
         lines.append(f"| {name} | {floating} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
