@@ -288,6 +288,12 @@ class IntegerReference:
                 where=str(self.path),
                 remedy=f"feed {', '.join(self.input_names)}",
             )
+        count = self._runner.samples_apart(feeds)
+        if count > 1:  # the file insists on a batch of 1
+            parts = [
+                self.run({name: value[at : at + 1] for name, value in feeds.items()}, fetch) for at in range(count)
+            ]
+            return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         plan = self._plan(feeds)
         wanted = list(self.output_names if fetch is None else fetch)
         unknown = [name for name in wanted if name not in plan.places]
@@ -302,7 +308,8 @@ class IntegerReference:
 
     def intermediates(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Every value of an executed node for one batch, in order of execution."""
-        return self.run(feeds, list(self._plan(feeds).names.values()))
+        one = {name: value[:1] for name, value in feeds.items()} if self._runner.samples_apart(feeds) > 1 else feeds
+        return self.run(feeds, list(self._plan(one).names.values()))
 
 
 @contextmanager

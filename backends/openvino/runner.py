@@ -206,11 +206,17 @@ class OvRunner:
         return tuple(tuple(feeds[name].shape) for name in self.input_names)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs for one batch.
+        """All outputs for one batch. A file whose batch is fixed to 1 (for an NPU) takes larger ones sample by sample.
 
         Raises:
             EngineError: The inputs do not fit the model.
         """
+        count = self.samples_apart(feeds)
+        if count > 1:
+            parts = [
+                self.run({name: value[place : place + 1] for name, value in feeds.items()}) for place in range(count)
+            ]
+            return {name: np.concatenate([part[name] for part in parts]) for name in self.output_names}
         request = self._request(self._shapes(feeds))
         try:
             found = request.infer([np.ascontiguousarray(feeds[name]) for name in self.input_names], share_inputs=True)
@@ -221,6 +227,17 @@ class OvRunner:
                 remedy="check the input's shape and type against `zsq inspect`",
             ) from error
         return {name: np.asarray(found[place]) for place, name in enumerate(self.output_names)}
+
+    def samples_apart(self, feeds: Mapping[str, Array]) -> int:
+        """How many samples have to be run one after the other: more than 1 only if every input insists on a batch of 1."""
+        if not feeds or any(value.ndim == 0 for value in feeds.values()):
+            return 1
+        for port in self._model.inputs:
+            shape = port.partial_shape
+            if not len(shape) or shape[0].is_dynamic or shape[0].get_length() != 1:
+                return 1
+        sizes = {len(value) for value in feeds.values()}
+        return sizes.pop() if len(sizes) == 1 else 1
 
     def kernels(self, feeds: Mapping[str, Array]) -> Sequence[KernelRecord]:
         """What OpenVINO executed for one batch, from its profile (see :mod:`zsq_deploy.backends.openvino.proof`)."""

@@ -164,7 +164,11 @@ def test_npu_engines_have_a_fixed_batch(network: Model, ranges: Ranges, tmp_path
     made = build(network, ranges, NPU, tmp_path, options=EXACT)
     one = runner(made.path, NPU)
     assert one.fixed_batch == 1
-    assert one.run({"x": noise((1, 3, 16, 16))})["logits"].shape == (1, 10)
+    x = noise((3, 3, 16, 16))
+    wanted = np.concatenate([one.run({"x": x[place : place + 1]})["logits"] for place in range(3)])
+    np.testing.assert_array_equal(one.run({"x": x})["logits"], wanted)  # larger batches sample by sample
+    with pytest.raises(EngineError, match="shape"):
+        one.run({"x": noise((3, 4, 16, 16))})
 
 
 def test_a_changed_engine_is_noticed(network: Model, ranges: Ranges, tmp_path: Path) -> None:
