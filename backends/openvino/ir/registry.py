@@ -115,8 +115,8 @@ class Op:
 
     def constant(self, index: int) -> Array | None:
         """The numbers of an input that is a plain constant; ``None`` when it is computed, or rounded on the way."""
-        stored = self.writer.stored(self.source(index)) if self.has(index) else None
-        return None if stored is None or stored.rounding is not None else stored.values
+        stored = self.writer.plain(self.writer.stored(self.source(index))) if self.has(index) else None
+        return None if stored is None else stored.values
 
     def numbers(self, index: int) -> Array:
         """The numbers of an input that has to be a constant.

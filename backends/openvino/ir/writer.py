@@ -197,7 +197,7 @@ class Writer:
         if kind in _MOVES:
             return self._moved(first, node)
         rest = [self.stored(node.input(index).get_source_output()) for index in range(1, node.get_input_size())]
-        plain = [item for item in rest if item is not None and item.rounding is None]
+        plain = [number for item in rest if (number := self.plain(item)) is not None]
         if len(plain) != len(rest):
             return None
         if kind == "FakeQuantize":
@@ -241,11 +241,19 @@ class Writer:
         rounding = first.rounding
         return first.codes and rounding is not None and rounding.scale.ndim == 0 and float(rounding.scale) == 1.0
 
+    def plain(self, stored: Stored | None) -> Stored | None:
+        """A constant that is read as plain numbers (integers that were only converted among them), else ``None``."""
+        if stored is None or stored.rounding is None:
+            return stored
+        if self._unit(stored) and not np.any(stored.rounding.zero):
+            return Stored(stored.values.astype(np.float32), stored.name)
+        return None
+
     def _shifted(self, first: Stored, second: Stored) -> Stored | None:
         if not self._unit(first) or first.rounding is None or np.any(first.rounding.zero):
             return None
-        zero = np.rint(second.read()).astype(np.int64)
-        if np.any(zero != second.read()) or np.broadcast_shapes(zero.shape, first.shape) != first.shape:
+        zero = np.rint(second.values).astype(np.int64)
+        if np.any(zero != second.values) or np.broadcast_shapes(zero.shape, first.shape) != first.shape:
             return None
         r = first.rounding
         return Stored(first.values, first.name, Rounding(r.dtype, r.scale, zero, r.low, r.high), codes=True)

@@ -12,7 +12,10 @@ __all__: list[str] = []
 
 @translates("FakeQuantize")
 def fake_quantize(op: Op) -> None:
-    """QuantizeLinear and DequantizeLinear; float operations where the zero point is no integer."""
+    """QuantizeLinear and DequantizeLinear, with a scale and a shift in front or behind where input and output range differ.
+
+    Where neither range has an integer zero point, the definition itself is written in float operations, and noted.
+    """
     bounds = [op.numbers(index) for index in range(1, 5)]
     levels = int(op.attrs["levels"])
     found = read_ranges(*bounds, levels=levels)
@@ -20,7 +23,7 @@ def fake_quantize(op: Op) -> None:
     known = None if rank.is_dynamic else int(rank.get_length())
     value = op.input(0)
     if found is None:
-        _as_floats(op, value, bounds, levels)
+        _as_scaled(op, value, bounds, levels, known)
         return
     rounding, behind = found
     if behind is None:
@@ -34,6 +37,21 @@ def fake_quantize(op: Op) -> None:
 
 def _plain(array: Array) -> Array:
     return array.reshape(()) if array.size == 1 else array
+
+
+def _as_scaled(op: Op, value: str, bounds: list[Array], levels: int, rank: int | None) -> None:
+    """A scale and a shift that OpenVINO moved from in front of the rounding into its input range, put back in front."""
+    low, high, out_low, out_high = (np.asarray(bound, np.float64) for bound in bounds)
+    outer = read_ranges(out_low, out_high, out_low, out_high, levels)
+    if outer is None or not (high > low).all():
+        _as_floats(op, value, bounds, levels)
+        return
+    factor = (out_high - out_low) / (high - low)
+    shift = out_low - low * factor
+    if np.any(factor != 1.0):
+        value = op.step("Mul", [value, op.number("factor", _plain(factor))])
+    value = op.step("Add", [value, op.number("shift", _plain(shift))])
+    op.writer.round_pair(value, outer[0], rank, op.output())
 
 
 def _as_floats(op: Op, value: str, bounds: list[Array], levels: int) -> None:
