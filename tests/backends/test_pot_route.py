@@ -198,14 +198,15 @@ def test_what_was_decided_is_written_down(made: tuple[Design, Path, Watcher]) ->
 
 
 def test_layers_go_back_to_float_until_the_drop_is_allowed(
-    pot_environment: Path, network: Model, tmp_path: Path
+    pot_environment: Path, network: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No drop at all is allowed, in two steps: whatever POT returns to float is float in the graph and named with its reason."""
     del pot_environment
     x = images(8, seed=11)
     wrong = outputs(convert(network.folded().graph), x).argmin(axis=1)  # labels that no step can please
     wrong[:4] = outputs(convert(network.folded().graph), x)[:4].argmax(axis=1)
-    path = tmp_path / "pot.json"
+    monkeypatch.chdir(tmp_path)
+    path = Path("pot.json")
     params = {
         "preset": "performance",
         "maximal_drop": 0.0,
@@ -220,7 +221,7 @@ def test_layers_go_back_to_float_until_the_drop_is_allowed(
         calibration_set(network, {"x": images(4)}),
         TARGET,
         options(config_path=path),
-        tmp_path / "out",
+        Path("out"),  # relative folders too
         validation=ValidationData([{"x": x[:3]}, {"x": x[3:]}], [wrong[:3], wrong[3:]], "eight images"),
     )
     control = design.record["accuracy_control"]

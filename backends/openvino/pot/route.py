@@ -112,7 +112,7 @@ def design_pot(
     )
     algorithm = _algorithm(asked, target, ignored)
     one_scale = not asked.own_file and "granularity" not in (asked.params.get("activations") or {})
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # the other interpreter works in a folder of its own
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pot-", dir=folder) as scratch:
         job = Path(scratch)
@@ -391,10 +391,10 @@ def _run(environment: Environment, job: Path, algorithm: str, progress: Progress
                 elif event.get("event") == "error":
                     outcome.error = (str(event["kind"]), str(event["message"]))
             code = process.wait()
-        if outcome.record is not None:
-            bar.finish()
-            return outcome
-    raise _explain(outcome, code, log, environment)
+        if outcome.record is None:
+            raise _explain(outcome, code, log, environment)
+        bar.finish()
+    return outcome
 
 
 @contextlib.contextmanager

@@ -354,7 +354,7 @@ def last_words(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(lines[-3:] if len(lines) > 3 else lines)
-    said = re.sub(r"/[^\s:'\"]*/([^\s/:'\"]+)", r"\1", said)
+    said = re.sub(r"(?<![\w.-])/[^\s:'\"]*/([^\s/:'\"]+)", r"\1", said)
     return f"{type(error).__name__}: {said}"[:600]
 
 
