@@ -19,12 +19,11 @@ from zsq_deploy.backends.base import ValidationData
 from zsq_deploy.backends.openvino.runtime import core
 from zsq_deploy.errors import CalibrationError
 
-__all__ = ["Metric", "Step", "quantized_operators", "read_steps"]
+__all__ = ["Metric", "Step", "drop_of", "quantized_operators", "read_steps"]
 
 Array = npt.NDArray[Any]
 
 _PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
-_NAME = r"(?:^\t(?P<name>.+)$)"
 _DROP = re.compile(r"(?:scope is|accuracy drop) (-?[\d.eE+-]+)")
 
 
@@ -46,7 +45,7 @@ class Metric:
     Attributes:
         name: What it is, as the report says it.
         items: The samples, one at a time, for an ``nncf.Dataset``.
-        value: Metric -> of the float network and of every network that was measured so far, in order.
+        floating: The metric of the float network.
 
     Raises:
         CalibrationError: No samples, or labels that do not fit them.
@@ -82,7 +81,11 @@ class Metric:
         else:
             self.name = f"share of the float outputs' energy that quantization leaves undisturbed, on {source}"
         self._classes = self._labels is not None or "agreement" in self.name
-        self.values: list[float] = []
+        self.floating = self(floating, self.items)[0]
+
+    def of(self, ir: Any) -> float:
+        """The metric of a network on all samples, in float arithmetic, as NNCF itself evaluates."""
+        return self(core().compile_model(ir, "CPU", _PRECISION), self.items)[0]
 
     def __call__(self, compiled: Any, items: Iterable[_Item]) -> tuple[float, list[float]]:
         """The metric of a compiled network on some of the samples, and of each sample; what NNCF calls ``validation_fn``."""
@@ -104,8 +107,6 @@ class Metric:
             signal, noise = signal + energy, noise + error
             each.append(1.0 - error / max(energy, 1e-30))
         value = float(np.mean(each)) if self._classes else 1.0 - noise / max(signal, 1e-30)
-        if len(each) == len(self.items):
-            self.values.append(value)
         return value, each
 
 
@@ -146,6 +147,12 @@ def read_steps(messages: Sequence[str]) -> tuple[Step, ...]:
             if found is not None:
                 steps[-1] = Step(steps[-1].operators, float(found.group(1)))
     return tuple(steps)
+
+
+def drop_of(floating: float, quantized: float, kind: str) -> float:
+    """How far a metric fell, as NNCF counts it: ``absolute``, or ``relative`` to the float network's."""
+    drop = floating - quantized
+    return drop if kind == "absolute" else drop / max(abs(floating), 1e-30)
 
 
 def quantized_operators(ir: Any) -> set[str]:

@@ -33,12 +33,12 @@ from zsq_deploy.backends.base import Target, ValidationData
 from zsq_deploy.backends.openvino.convert import convert, first_line, read, save
 from zsq_deploy.backends.openvino.design import Design
 from zsq_deploy.backends.openvino.ir import read_ir
-from zsq_deploy.backends.openvino.nncf_accuracy import Metric, quantized_operators, read_steps
+from zsq_deploy.backends.openvino.nncf_accuracy import Metric, drop_of, quantized_operators, read_steps
 from zsq_deploy.backends.openvino.nncf_scope import Ignored, ignored_operators, operators_of
 from zsq_deploy.backends.openvino.options import BuildOptions, NncfOptions
 from zsq_deploy.backends.openvino.quiet import Messages, load_nncf, quiet
 from zsq_deploy.backends.openvino.targets import DEVICE
-from zsq_deploy.errors import CalibrationError, EngineError, UsageError
+from zsq_deploy.errors import CalibrationError, EngineError, UsageError, ZsqError
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph, TensorSpec
 from zsq_deploy.progress import SILENT, Progress
@@ -111,7 +111,7 @@ def design_nncf(
     }
     notes: list[str] = []
     with quiet(progress) as messages:
-        quantized, controlled = _quantize(ir, samples, target, told, ignored, corrects, metric)
+        quantized, full = _quantize(ir, samples, target, told, ignored, corrects, metric)
     if not quantized_operators(quantized):
         raise EngineError(
             "NNCF found nothing to quantize in this network",
@@ -119,9 +119,7 @@ def design_nncf(
             remedy="leave fewer operators in float; a network without convolutions and matrix products cannot be quantized",
         )
     if metric is not None:
-        record["accuracy_control"] = _controlled(
-            metric, told, messages, controlled - quantized_operators(quantized), parts
-        )
+        record["accuracy_control"] = _controlled(metric, told, messages, full, quantized, parts)
         notes.append(_sentence(record["accuracy_control"]))
     record["operators_with_8_bit_inputs"] = len(quantized_operators(quantized))
     notes.extend(f"NNCF: {text}" for text in dict.fromkeys(messages.texts(logging.WARNING)) if _worth_saying(text))
@@ -265,7 +263,7 @@ def _overflow_fix(told: NncfOptions, target: Target) -> str | None:
     return "disable" if any("vnni" in feature for feature in target.requires) else None
 
 
-def _estimator(nncf: Any, name: str | None, quantile: float) -> Any:
+def _estimator(name: str | None, quantile: float) -> Any:
     ranges = importlib.import_module("nncf.quantization.range_estimator")
     if name is None:
         return ranges.RangeEstimatorParameters()
@@ -278,11 +276,10 @@ def _estimator(nncf: Any, name: str | None, quantile: float) -> Any:
             quantile_outlier_prob=quantile,
         )
 
-    del nncf
     return ranges.RangeEstimatorParameters(min=collector(plain.min), max=collector(plain.max))
 
 
-def _advanced(nncf: Any, told: NncfOptions, target: Target, corrects: bool) -> Any:
+def _advanced(told: NncfOptions, target: Target, corrects: bool) -> Any:
     """NNCF's ``AdvancedQuantizationParameters``."""
     parameters = importlib.import_module("nncf.quantization.advanced_parameters")
     backend = importlib.import_module("nncf.openvino.quantization.backend_parameters").BackendParameters
@@ -298,8 +295,8 @@ def _advanced(nncf: Any, told: NncfOptions, target: Target, corrects: bool) -> A
         activations_quantization_params=None
         if told.per_channel_activations
         else parameters.QuantizationParameters(per_channel=False),
-        activations_range_estimator_params=_estimator(nncf, told.activations_range, told.range_quantile),
-        weights_range_estimator_params=_estimator(nncf, told.weights_range, told.range_quantile),
+        activations_range_estimator_params=_estimator(told.activations_range, told.range_quantile),
+        weights_range_estimator_params=_estimator(told.weights_range, told.range_quantile),
         smooth_quant_alphas=smooth,
         backend_params={backend.COMPRESS_WEIGHTS: False},
     )
@@ -326,7 +323,7 @@ def quantize_arguments(
         "fast_bias_correction": told.fast_bias_correction,
         "model_type": None if told.model_type is None else nncf.ModelType(told.model_type),
         "ignored_scope": nncf.IgnoredScope(names=names) if names else None,
-        "advanced_parameters": _advanced(nncf, told, target, corrects),
+        "advanced_parameters": _advanced(told, target, corrects),
     }
 
 
@@ -338,14 +335,14 @@ def _quantize(
     ignored: Ignored,
     corrects: bool,
     metric: Metric | None,
-) -> tuple[Any, set[str]]:
-    """The quantized model with float weights; and with accuracy control what was quantized before layers went back to float."""
+) -> tuple[Any, Any]:
+    """The quantized model with float weights; and the one from which accuracy control began, ``None`` without it."""
     nncf = load_nncf()
     common = quantize_arguments(told, target, len(samples), ignored=ignored.operators, corrects=corrects)
     advanced = common.pop("advanced_parameters")
     dataset = nncf.Dataset(samples)
     if metric is None:
-        return _run(lambda: nncf.quantize(ir, dataset, advanced_parameters=advanced, **common)), set()
+        return _run(lambda: nncf.quantize(ir, dataset, advanced_parameters=advanced, **common)), None
     control = importlib.import_module("nncf.quantization.advanced_parameters").AdvancedAccuracyRestorerParameters
     with tempfile.TemporaryDirectory(prefix="zsq-nncf-") as scratch:
         restorer = control(
@@ -368,13 +365,13 @@ def _quantize(
                 **common,
             )
         )
-        return quantized, quantized_operators(read(Path(scratch) / "intermediate_model.xml"))
+        return quantized, read(Path(scratch) / "intermediate_model.xml").clone()
 
 
 def _run(work: Callable[[], Any]) -> Any:
     try:
         return work()
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, MemoryError, ZsqError):
         raise
     except Exception as error:  # NNCF and OpenVINO raise whatever they like
         raise EngineError(
@@ -403,32 +400,32 @@ def _name_by_place(ir: Any) -> None:
 
 
 def _controlled(
-    metric: Metric, told: NncfOptions, messages: Messages, reverted: set[str], parts: Mapping[str, tuple[str, ...]]
+    metric: Metric, told: NncfOptions, messages: Messages, full: Any, final: Any, parts: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
     """What accuracy control did, as JSON: the metric, its values, and each layer that went back to float with the reason."""
     nodes = {operator: node for node, operators in parts.items() for operator in operators}
-    texts = messages.texts()
-    before = metric.values[1] if len(metric.values) > 1 else None
-    drop = None if before is None else metric.values[0] - before
+    reverted = quantized_operators(full) - quantized_operators(final)
+    before, after = metric.of(full), metric.of(final)
+    drop = drop_of(metric.floating, before, told.drop_type)
     layers: dict[str, str] = {}
-    for step in read_steps(texts):
+    for step in read_steps(messages.texts()):
         for operator in step.operators:
-            if operator in reverted and step.drop is not None and drop is not None:
+            if operator in reverted and step.drop is not None:
                 layers[nodes.get(operator, operator)] = (
                     f"with it in 8 bits the metric was {drop:.4f} below the float network's, without it {step.drop:.4f}"
                 )
         drop = step.drop if step.drop is not None else drop
     for operator in sorted(reverted):
-        layers.setdefault(nodes.get(operator, operator), "reads what went back to float")
+        layers.setdefault(nodes.get(operator, operator), "it reads or is read by what went back to float")
     return {
         "metric": metric.name,
         "samples": len(metric.items),
         "max_drop": told.max_drop,
         "drop_type": told.drop_type,
-        "float": metric.values[0] if metric.values else None,
+        "float": metric.floating,
         "quantized": before,
-        "final": metric.values[-1] if metric.values else None,
-        "reached": not any("could not achieve" in text or "will not be able" in text for text in texts),
+        "final": after,
+        "reached": drop_of(metric.floating, after, told.drop_type) <= told.max_drop + 1e-9,
         "returned_to_float": layers,
     }
 
