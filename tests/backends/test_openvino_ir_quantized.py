@@ -113,7 +113,7 @@ def test_a_range_that_is_made_of_a_scale_gives_that_scale_back() -> None:
         mantissa, exponent, zero = int(rng.integers(1, 200)), int(rng.integers(-14, 4)), int(rng.integers(0, 256))
         scale = np.float32(mantissa * 2.0**exponent)
         low, high = np.float32(-zero * scale), np.float32((255 - zero) * scale)
-        found = read_ranges(low, high, low, high, 256)
+        found = read_ranges([low, high, low, high], 256)
         assert found is not None
         assert found[0].scale == scale
         assert found[0].zero == (0 if found[0].dtype == "int8" else zero)
@@ -121,7 +121,7 @@ def test_a_range_that_is_made_of_a_scale_gives_that_scale_back() -> None:
         scale = np.float32(rng.uniform(1e-4, 1))
         zero = int(rng.integers(0, 256))
         low, high = np.float32(-zero * scale), np.float32((255 - zero) * scale)
-        found = read_ranges(low, high, low, high, 256)
+        found = read_ranges([low, high, low, high], 256)
         assert found is not None
         assert found[0].scale == pytest.approx(scale, rel=2e-7)
 

@@ -115,7 +115,7 @@ class Op:
 
     def constant(self, index: int) -> Array | None:
         """The numbers of an input that is a plain constant; ``None`` when it is computed, or rounded on the way."""
-        stored = self.writer.plain(self.writer.stored(self.source(index))) if self.has(index) else None
+        stored = self.writer.plain(self.source(index)) if self.has(index) else None
         return None if stored is None else stored.values
 
     def numbers(self, index: int) -> Array:
@@ -162,7 +162,7 @@ class Op:
         """The ONNX name of an output."""
         return self.writer.names[self.writer.key(self.node.output(index))]
 
-    def number(self, hint: str, value: Array | float, kind: Any = np.float32) -> str:
+    def number(self, hint: str, value: Array | np.generic | float, kind: Any = np.float32) -> str:
         """A constant that the operation does not have as an input."""
         return self.writer.constant(f"{self.name}/{hint}", np.asarray(value, kind), share=True)
 

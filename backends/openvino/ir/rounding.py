@@ -7,6 +7,7 @@ is QuantizeLinear and DequantizeLinear whenever ``-low / step`` is an integer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,21 +91,17 @@ def _scale(low: Array, high: Array, zero: Array, levels: int) -> npt.NDArray[np.
     return np.asarray(best, np.float32)
 
 
-def read_ranges(
-    input_low: Array, input_high: Array, output_low: Array, output_high: Array, levels: int
-) -> tuple[Rounding, Affine | None] | None:
+def read_ranges(bounds: Sequence[Array | float], levels: int) -> tuple[Rounding, Affine | None] | None:
     """Scale and zero point of a FakeQuantize; ``None`` when its zero point is no integer code.
 
     Args:
-        input_low, input_high, output_low, output_high: Arrays that broadcast against each other.
+        bounds: Input low and high, output low and high; they broadcast against each other.
         levels: Number of levels.
 
     Returns:
         The rounding, and what comes behind it where the output range is another one.
     """
-    low, high, out_low, out_high = np.broadcast_arrays(
-        *(np.asarray(bound, np.float64) for bound in (input_low, input_high, output_low, output_high))
-    )
+    low, high, out_low, out_high = np.broadcast_arrays(*[np.asarray(bound, np.float64) for bound in bounds])
     if not 2 <= levels <= 65536 or not np.isfinite(low).all() or not np.isfinite(high).all() or not (high > low).all():
         return None
     step = (high - low) / (levels - 1)
@@ -132,7 +129,7 @@ def read_ranges(
     return rounding, Affine(np.asarray(factor, np.float32), np.asarray(shift, np.float32))
 
 
-def on_the_side_of(values: Array, rounding: Rounding, low: Array, high: Array, levels: int) -> npt.NDArray[np.float32]:
+def on_the_side_of(values: Array, rounding: Rounding, bounds: Sequence[Array], levels: int) -> npt.NDArray[np.float32]:
     """Weights moved off the ties between two codes, to the side on which FakeQuantize puts them.
 
     A weight that lies in the middle between two codes (the largest one does where a range was doubled against overflow) is rounded to
@@ -142,10 +139,10 @@ def on_the_side_of(values: Array, rounding: Rounding, low: Array, high: Array, l
     Args:
         values: float32 weights.
         rounding: What the FakeQuantize says; broadcasts against them.
-        low, high: Its input range.
+        bounds: Low and high end of its input range.
         levels: Its number of levels.
     """
-    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+    low, high = (np.asarray(bound, np.float32) for bound in bounds)
     cut = np.minimum(np.maximum(values, low), high)
     # in float32 and in this order, as OpenVINO's CPU plugin was seen to compute it (no difference in two million weights)
     factor = np.asarray(np.float32(levels - 1) / (high - low), np.float32)

@@ -11,32 +11,20 @@ import onnx
 import openvino as ov
 from onnx import helper, numpy_helper
 
-from zsq_deploy.backends.openvino.ir.registry import Op, UnsupportedFormError, element_type
-from zsq_deploy.backends.openvino.ir.rounding import Rounding, on_the_side_of, read_ranges
-from zsq_deploy.backends.openvino.ir.stored import Stored, constant_array, layout
+from zsq_deploy.backends.openvino.ir.constants import Constants, Key, is_unit, key_of, plain
+from zsq_deploy.backends.openvino.ir.registry import Op, UnsupportedFormError
+from zsq_deploy.backends.openvino.ir.rounding import Rounding
+from zsq_deploy.backends.openvino.ir.stored import Stored, layout
 from zsq_deploy.model.graph import Graph
 
-__all__ = ["IR_VERSION", "OPSET", "Key", "Writer"]
+__all__ = ["IR_VERSION", "OPSET", "Writer"]
 
 OPSET = 21
 IR_VERSION = 10
 
 Array = npt.NDArray[Any]
-Key = tuple[str, int]
 
-_CODES = frozenset({"i4", "u4", "i8", "u8", "i16", "u16", "i32"})
-_FLOATS = frozenset({"f16", "bf16", "f32", "f64"})
-_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
 _DQ = "_DequantizeLinear_Output"
-_CODE_TYPES = {
-    "i4": "int4",
-    "u4": "uint4",
-    "i8": "int8",
-    "u8": "uint8",
-    "i16": "int16",
-    "u16": "uint16",
-    "i32": "int32",
-}
 
 
 class Writer:
@@ -63,16 +51,13 @@ class Writer:
         self._taken: set[str] = set()
         self._made: set[str] = set()  # outputs of the nodes so far
         self._node_names: set[str] = set()
-        self._stored: dict[Key, Stored | None] = {}
         self.written: dict[tuple[Any, ...], str] = {}
         self._name_values(ops)
+        self._constants = Constants(self.names)
 
     # -- names --------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def key(output: ov.Output) -> Key:
-        """Identity of an output: the unique name of its operation, and its number."""
-        return str(output.get_node().get_name()), int(output.get_index())
+    key = staticmethod(key_of)
 
     def _known(self) -> tuple[set[str], set[str]]:
         """Names of the float graph: inputs and outputs, and all values."""
@@ -141,9 +126,9 @@ class Writer:
                     if value == old:
                         field[place] = new
         for table in (self.names, self.written):
-            for key, value in table.items():  # type: ignore[attr-defined]
+            for key, value in table.items():
                 if value == old:
-                    table[key] = new  # type: ignore[index]
+                    table[key] = new
         if old in self.tensors:
             self.tensors[new] = self.tensors.pop(old)
             self.tensors[new].name = new
@@ -174,135 +159,11 @@ class Writer:
 
     def stored(self, output: ov.Output) -> Stored | None:
         """The constant behind an output, with what is done to it on the way; ``None`` when the output is computed."""
-        key = self.key(output)
-        if key not in self._stored:
-            self._stored[key] = self._resolve(output)
-        return self._stored[key]
+        return self._constants.stored(output)
 
-    def _resolve(self, output: ov.Output) -> Stored | None:
-        node = output.get_node()
-        kind = node.get_type_name()
-        if kind == "Constant":
-            values, element = constant_array(node)
-            if element in ("f16", "bf16"):
-                values = values.astype(np.float32)
-            return Stored(values, self.names[self.key(output)])
-        if kind not in {"Convert", "Subtract", "Multiply", "FakeQuantize"} | _MOVES:
-            return None
-        first = self.stored(node.input(0).get_source_output())
-        if first is None:
-            return None
-        if kind == "Convert":
-            return self._converted(first, node)
-        if kind in _MOVES:
-            return self._moved(first, node)
-        rest = [self.stored(node.input(index).get_source_output()) for index in range(1, node.get_input_size())]
-        plain = [number for item in rest if (number := self.plain(item)) is not None]
-        if len(plain) != len(rest):
-            return None
-        if kind == "FakeQuantize":
-            return self._fake_quantized(first, plain, node)
-        return self._shifted(first, plain[0]) if kind == "Subtract" else self._scaled(first, plain[0])
-
-    @staticmethod
-    def _converted(first: Stored, node: ov.Node) -> Stored | None:
-        source = str(node.get_input_element_type(0).get_type_name())
-        target = str(node.get_output_element_type(0).get_type_name())
-        if target in _FLOATS and source in _CODES and first.rounding is None:
-            # codes whose scale is still to come
-            kind = _CODE_TYPES[source]
-            unit = Rounding(kind, np.ones((), np.float32), np.zeros((), np.int64), -(1 << 31), (1 << 31) - 1)
-            return Stored(first.values, first.name, unit, codes=True)
-        if first.rounding is not None:
-            return first if target in _FLOATS else None
-        if target in _FLOATS and source in _FLOATS:
-            return Stored(first.values.astype(np.float64 if target == "f64" else np.float32), first.name)
-        try:
-            wanted = helper.tensor_dtype_to_np_dtype(element_type(target))
-        except UnsupportedFormError:
-            return None
-        return Stored(first.values.astype(wanted), first.name)
-
-    def _moved(self, first: Stored, node: ov.Node) -> Stored | None:
-        shape = node.get_output_partial_shape(0)
-        if shape.is_dynamic:
-            return None
-        if node.get_type_name() != "Transpose":
-            return first.reshaped([d.get_length() for d in shape])
-        order = self.stored(node.input(1).get_source_output())
-        if order is None:
-            return None
-        places = [int(value) for value in order.values.reshape(-1)]
-        return first.transposed(places or list(reversed(range(len(first.shape)))))
-
-    @staticmethod
-    def _unit(first: Stored) -> bool:
-        """Whether these are codes that have not been scaled yet."""
-        rounding = first.rounding
-        return first.codes and rounding is not None and rounding.scale.ndim == 0 and float(rounding.scale) == 1.0
-
-    def plain(self, stored: Stored | None) -> Stored | None:
-        """A constant that is read as plain numbers (integers that were only converted among them), else ``None``."""
-        if stored is None or stored.rounding is None:
-            return stored
-        if self._unit(stored) and not np.any(stored.rounding.zero):
-            return Stored(stored.values.astype(np.float32), stored.name)
-        return None
-
-    def _shifted(self, first: Stored, second: Stored) -> Stored | None:
-        if not self._unit(first) or first.rounding is None or np.any(first.rounding.zero):
-            return None
-        zero = np.rint(second.values).astype(np.int64)
-        if np.any(zero != second.values) or np.broadcast_shapes(zero.shape, first.shape) != first.shape:
-            return None
-        r = first.rounding
-        return Stored(first.values, first.name, Rounding(r.dtype, r.scale, zero, r.low, r.high), codes=True)
-
-    def _scaled(self, first: Stored, second: Stored) -> Stored | None:
-        if not self._unit(first) or first.rounding is None:
-            return None
-        r = first.rounding
-        scale = np.asarray(second.values, np.float32)
-        rank = len(first.shape)
-        if scale.ndim > rank or np.broadcast_shapes(scale.shape, first.shape) != first.shape:
-            return None
-        if scale.size == 1 and r.zero.size == 1:
-            scale, zero = scale.reshape(()), r.zero.reshape(())
-        else:
-            scale, zero = (a.reshape((1,) * (rank - a.ndim) + a.shape) for a in (scale, r.zero))
-            wide = np.broadcast_shapes(scale.shape, zero.shape)
-            scale, zero = np.broadcast_to(scale, wide), np.broadcast_to(zero, wide)
-        return Stored(first.values, first.name, Rounding(r.dtype, scale, zero, r.low, r.high), codes=True)
-
-    @staticmethod
-    def _fake_quantized(first: Stored, bounds: Sequence[Stored], node: ov.Node) -> Stored | None:
-        if first.rounding is not None:
-            return None
-        levels = int(node.get_attributes()["levels"])
-        found = read_ranges(*(bound.values for bound in bounds), levels=levels)
-        if found is None or found[1] is not None:
-            return None
-        rounding = found[0]
-        rank = len(first.shape)
-        if rounding.scale.ndim > rank:
-            return None
-        if rounding.scale.size > 1:
-            lead = (1,) * (rank - rounding.scale.ndim)
-            rounding = Rounding(
-                rounding.dtype,
-                rounding.scale.reshape(lead + rounding.scale.shape),
-                rounding.zero.reshape(lead + rounding.zero.shape),
-                rounding.low,
-                rounding.high,
-            )
-        else:
-            rounding = Rounding(
-                rounding.dtype, rounding.scale.reshape(()), rounding.zero.reshape(()), rounding.low, rounding.high
-            )
-        values = on_the_side_of(
-            np.asarray(first.values, np.float32), rounding, *(bound.values for bound in bounds[:2]), levels
-        )
-        return Stored(values, first.name, rounding)
+    def plain(self, output: ov.Output) -> Stored | None:
+        """The plain numbers behind an output; ``None`` when it is computed, or rounded on the way."""
+        return plain(self.stored(output))
 
     def constant(self, name: str, values: Array, *, share: bool = False) -> str:
         """Store an initializer; returns the name that it got.
@@ -355,7 +216,7 @@ class Writer:
             )
             return self._store_named(name, np.asarray(stored.read(), np.float32))
         if stored.codes:
-            if self._unit(stored) and not np.any(r.zero):
+            if is_unit(stored) and not np.any(r.zero):
                 return self._store_named(name, stored.values.astype(np.float32))
             codes = self._store_named(f"{name}_quantized", self._typed(stored.values, r.dtype))
         else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import onnx
 
 from zsq_deploy.backends.openvino.ir.registry import Op, UnsupportedFormError, element_type, translates
 
@@ -107,25 +110,28 @@ def round_(op: Op) -> None:
     op.emit("Mul", [op.step("Sign", [value]), size])
 
 
+def _limits(kind: np.dtype[Any]) -> tuple[float, float]:
+    """Smallest and largest number of a type."""
+    if kind.kind in "iu":
+        whole = np.iinfo(kind)
+        return int(whole.min), int(whole.max)
+    real = np.finfo(kind)
+    return float(real.min), float(real.max)
+
+
 @translates("Clamp")
 def clamp(op: Op) -> None:
     """Limits values to [min, max]."""
-    low, high = float(op.attrs["min"]), float(op.attrs["max"])
-    if _is_float(op.result_type):
-        kind, top = np.dtype(np.float32), float(np.finfo(np.float32).max)
-        bounds = [np.float32(np.clip(bound, -top, top)) for bound in (low, high)]
-        open_ = [low <= -top, high >= top]
-    else:
-        kind = np.dtype(
-            {"boolean": "bool"}.get(op.result_type, op.result_type.replace("u", "uint").replace("i", "int", 1))
-        )
-        limits = np.iinfo(kind)
-        bounds = [max(np.ceil(low), limits.min), min(np.floor(high), limits.max)]
-        open_ = [low <= limits.min, high >= limits.max]
-    names = [
-        "" if free else op.number(hint, bound, kind)
-        for hint, bound, free in zip(("min", "max"), bounds, open_, strict=True)
-    ]
+    kind: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element_type(op.result_type)))
+    whole = kind.kind in "iu"
+    least, most = (float(bound) for bound in _limits(kind))
+    names = []
+    for hint, bound in (("min", float(op.attrs["min"])), ("max", float(op.attrs["max"]))):
+        if bound <= least if hint == "min" else bound >= most:
+            names.append("")  # no bound on this side
+            continue
+        cut = min(max(bound, least), most)
+        names.append(op.number(hint, (np.ceil(cut) if hint == "min" else np.floor(cut)) if whole else cut, kind))
     while names and not names[-1]:
         names.pop()
     op.emit("Clip", [op.input(0), *names])

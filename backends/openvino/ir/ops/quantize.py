@@ -18,7 +18,7 @@ def fake_quantize(op: Op) -> None:
     """
     bounds = [op.numbers(index) for index in range(1, 5)]
     levels = int(op.attrs["levels"])
-    found = read_ranges(*bounds, levels=levels)
+    found = read_ranges(bounds, levels)
     rank = op.source(0).get_partial_shape().rank
     known = None if rank.is_dynamic else int(rank.get_length())
     value = op.input(0)
@@ -42,7 +42,7 @@ def _plain(array: Array) -> Array:
 def _as_scaled(op: Op, value: str, bounds: list[Array], levels: int, rank: int | None) -> None:
     """A scale and a shift that OpenVINO moved from in front of the rounding into its input range, put back in front."""
     low, high, out_low, out_high = (np.asarray(bound, np.float64) for bound in bounds)
-    outer = read_ranges(out_low, out_high, out_low, out_high, levels)
+    outer = read_ranges([out_low, out_high, out_low, out_high], levels)
     if outer is None or not (high > low).all():
         _as_floats(op, value, bounds, levels)
         return
