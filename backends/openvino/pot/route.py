@@ -269,7 +269,7 @@ def _write_shards(job: Path, stem: str, samples: Any) -> list[str]:
         nonlocal size
         arrays = {name: np.concatenate([item[name] for item in waiting]) for name in waiting[0]}
         names.append(f"{stem}-{len(names):05d}.npz")
-        np.savez(job / names[-1], **arrays)
+        np.savez(job / names[-1], **arrays)  # type: ignore[arg-type]  # numpy's stubs take every name for an option
         waiting.clear()
         size = 0
 

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def import_pot(channel: Channel, threads: int) -> None:
 class Images:
     """Batches of a set, read file by file; `labels` are the annotations."""
 
-    def __init__(self, folder: Path, files: list, batch: int, labels: Any = None) -> None:
+    def __init__(self, folder: Path, files: list[str], batch: int, labels: Any = None) -> None:
         import numpy as np
 
         self._np = np
@@ -119,13 +120,13 @@ class Images:
             with np.load(str(file), allow_pickle=False) as arrays:
                 count = len(arrays[arrays.files[0]])
             self._index += [(number, start) for start in range(0, count - batch + 1, batch)]
-        self._cached = (-1, {})
-        self.watch = lambda _: None
+        self._cached: tuple[int, dict[str, Any]] = (-1, {})
+        self.watch: Callable[[int], None] = lambda _: None
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def feeds(self, item: int) -> dict:
+    def feeds(self, item: int) -> dict[str, Any]:
         """Inputs by name."""
         self.watch(item)
         number, start = self._index[item]
@@ -139,7 +140,7 @@ class Images:
         """What the metric compares with: the labels or reference outputs of one batch; ``None`` without."""
         return None if self._labels is None else self._labels[item]
 
-    def __getitem__(self, item: int) -> tuple:
+    def __getitem__(self, item: int) -> tuple[Any, ...]:
         """A sample as POT wants it, with its own number so that samples can be told apart."""
         return (item, self.annotation(item)), self.feeds(item)
 
@@ -166,11 +167,11 @@ def use_one_scale_before_depthwise(folder: Path) -> None:
     HardwareConfig.from_json = changed
 
 
-def convert(job: dict, folder: Path) -> Path:
+def convert(job: dict[str, Any], folder: Path) -> Path:
     """The float network as an IR of this OpenVINO."""
     import openvino as ov
 
-    source = folder / job["model"]
+    source = folder / str(job["model"])
     if source.suffix == ".xml":
         return source
     model = ov.convert_model(str(source))
@@ -189,7 +190,7 @@ def compiled(path: Path) -> Any:
     return Core().compile_model(str(path), "CPU")
 
 
-def outputs_of(model: Any, results: Any) -> dict:
+def outputs_of(model: Any, results: Any) -> dict[str, Any]:
     """Outputs by the name of the network's result, as POT's engine calls them."""
     named = {}
     for port in model.outputs:
@@ -197,7 +198,7 @@ def outputs_of(model: Any, results: Any) -> dict:
     return named
 
 
-def float_outputs(path: Path, images: Images) -> list:
+def float_outputs(path: Path, images: Images) -> list[dict[str, Any]]:
     """All outputs of the float network by name, batch by batch."""
     model = compiled(path)
     request = model.create_infer_request()
@@ -230,18 +231,18 @@ def make_metric(kind: str) -> Any:
         """Mean over samples, higher is better."""
 
         def __init__(self) -> None:
-            self._values: list = []
+            self._values: list[float] = []
             super().__init__()
 
         @property
-        def value(self) -> dict:
+        def value(self) -> dict[str, list[float]]:
             return {kind: [self._values[-1]]}
 
         @property
-        def avg_value(self) -> dict:
+        def avg_value(self) -> dict[str, float]:
             return {kind: float(np.mean(self._values)) if self._values else 0.0}
 
-        def update(self, output: dict, target: list) -> None:
+        def update(self, output: dict[str, Any], target: list[Any]) -> None:
             if kind == METRIC_SIMILARITY:
                 power = sum(float(np.square(want.astype(np.float64)).sum()) for want in target[0].values())
                 noise = sum(
@@ -255,7 +256,7 @@ def make_metric(kind: str) -> Any:
         def reset(self) -> None:
             self._values = []
 
-        def get_attributes(self) -> dict:
+        def get_attributes(self) -> dict[str, dict[str, str]]:
             return {kind: {"direction": "higher-better", "type": "accuracy"}}
 
     return Measured()
@@ -263,7 +264,7 @@ def make_metric(kind: str) -> Any:
 
 def make_engine(images: Images, validation: Any, metric: Any, statistics: int) -> Any:
     """POT's engine: statistics come from the calibration set, metrics from the validation samples."""
-    from addict import Dict
+    from addict import Dict  # type: ignore[import-not-found]
     from openvino.tools.pot import IEEngine
     from openvino.tools.pot.samplers.batch_sampler import BatchSampler
 
@@ -275,18 +276,18 @@ def make_engine(images: Images, validation: Any, metric: Any, statistics: int) -
                 sampler = BatchSampler(images, subset_indices=range(statistics))
             return super().predict(stats_layout, sampler, *args, **kwargs)
 
-        def _fill_input(self, _: Any, image_batch: list) -> dict:
+        def _fill_input(self, _: Any, image_batch: list[Any]) -> dict[str, Any]:
             return dict(image_batch[0])
 
         @staticmethod
-        def postprocess_output(outputs: dict, _: Any) -> dict:
+        def postprocess_output(outputs: dict[str, Any], _: Any) -> dict[str, Any]:
             return outputs  # by name: their order is not that of the float network
 
     config = Dict({"device": "CPU", "stat_requests_number": 1, "eval_requests_number": 1})
     return Engine(config, data_loader=images if validation is None else validation, metric=metric)
 
 
-def quantize(job: dict, folder: Path, channel: Channel) -> dict:
+def quantize(job: dict[str, Any], folder: Path, channel: Channel) -> dict[str, Any]:
     """Run the job; what is worth recording."""
     import numpy as np
     from addict import Dict
@@ -303,7 +304,7 @@ def quantize(job: dict, folder: Path, channel: Channel) -> dict:
         raise RuntimeError(
             f"the converted network computes something else: its outputs differ by {difference:.2g} of their largest value"
         )
-    record: dict = {"conversion_difference": difference}
+    record: dict[str, Any] = {"conversion_difference": difference}
     validation = metric = None
     if job.get("metric"):
         validation = Images(folder, job["validation"], batch)
