@@ -59,6 +59,7 @@ def fuse_residuals(qdq: Graph) -> Graph:
                 and skip is not None
                 and maker is not None
                 and maker.op_type == "Conv"
+                and maker.input[0] != node.input[1 - index]  # the sum is made in place of the other operand
                 and len(qdq.consumers(node.input[index])) == 1
                 and not qdq.is_output(node.input[index])
             ):
