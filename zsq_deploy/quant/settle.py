@@ -16,8 +16,8 @@ is quantized already, by whomever, keeps what is rounded where, and changes numb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,21 @@ TIE_FREE_BITS = 13
 """Sums are below 2**8 codes, so float32 resolves 2**-16; a few roundings stay below half a grid step of 2**-14."""
 
 EXACT_BITS = 16
-"""Sums below 2**8 codes that are multiples of 2**-16 are exact in float32."""
+"""Sums below 2**8 codes that are multiples of 2**-16 are exact in float32. In real numbers they are longer, by the odd part of the
+significand of the output's scale."""
 
-COARSER = 1.13
-"""A weight scale may grow by this factor for the sake of the half grid, as by 9/8 with ``b`` in {8 .. 15}."""
-
-COARSEST = 2.0
-"""And by this one for a grid on which float32 is exact at all; only channels with a multiplier below 2**-11 come near it."""
+LADDER = (
+    (True, 1.03),
+    (False, 1.03),
+    (True, 1.13),
+    (False, 1.13),
+    (True, 1.3),
+    (False, 1.3),
+    (True, 2.0),
+    (False, 2.0),
+)
+"""What is tried for a weight scale, one after the other: whether the grid shall allow a bias without ties (or only exact sums), and the
+factor by which the scale may grow for that. Only channels with a multiplier below 2**-11 come near the last ones."""
 
 NOISE = 0.08
 """It may grow by more where that adds an error to the layer's output whose standard deviation is below this share of a code."""
@@ -99,16 +107,35 @@ class _Need:
     Attributes:
         output: Scale of the finest site behind it.
         significand: Of that scale.
-        others: Steps (log2) of what is added to its products, per site scale.
+        low: Smallest number that a site behind it can represent.
+        high: Largest number.
+        step: Step (log2) of what is added to its products.
+        added: Largest magnitude of what is added to them.
         half: It is the one layer of each sum that moves to the half grid.
         doubtful: The sum is averaged or has parts without a grid.
     """
 
     output: float
     significand: int
-    step: float
+    low: float
+    high: float
+    step: float = math.inf
+    added: float = 0.0
     half: bool = True
     doubtful: bool = False
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """How fine a grid may be, in bits behind the point of the output's code.
+
+    Attributes:
+        tie_free: Half a step is above the noise of float32.
+        exact: float32 holds all multiples that occur.
+    """
+
+    tie_free: int
+    exact: int
 
 
 def settle(
@@ -189,17 +216,37 @@ def _choose_grids(regions: Regions, activation: Scheme) -> dict[str, _Grid]:
     for site in regions.sites:
         members.setdefault(groups.find(site), []).append(site)
     grids: dict[str, _Grid] = {}
+    multipliers = _multipliers(regions)
     for sites in members.values():
-        grids.update(_best_grids(regions, sites, ACTIVATION_SIGNIFICANDS, activation))
+        grids.update(_best_grids(regions, sites, ACTIVATION_SIGNIFICANDS, activation, multipliers))
     doubtful = _wants_inverse(regions, grids)
     for sites in members.values():
         if doubtful.intersection(sites):
-            grids.update(_best_grids(regions, sites, INVERTIBLE, activation))
+            grids.update(_best_grids(regions, sites, INVERTIBLE, activation, multipliers))
     return grids
 
 
+def _multipliers(regions: Regions) -> dict[str, list[npt.NDArray[np.float64]]]:
+    """Site -> requantization multipliers per channel, as they are, of the layers that read it."""
+    behind: dict[str, float] = {}
+    for site, alternatives in regions.behind.items():
+        for term in (term for terms in alternatives for term in terms if term.layer):
+            behind[term.layer] = min(float(regions.sites[site].scale), behind.get(term.layer, math.inf))
+    found: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for layer in regions.layers.values():
+        if layer.node in behind:
+            x = float(regions.sites[layer.site].scale)
+            product = x * layer.weight.scale.astype(np.float64).reshape(-1) / behind[layer.node]
+            found.setdefault(layer.site, []).append(product[product > 2.0**-13])
+    return found
+
+
 def _best_grids(
-    regions: Regions, sites: Iterable[str], significands: Iterable[int], activation: Scheme
+    regions: Regions,
+    sites: Iterable[str],
+    significands: Iterable[int],
+    activation: Scheme,
+    multipliers: Mapping[str, Sequence[npt.NDArray[np.float64]]],
 ) -> dict[str, _Grid]:
     best: tuple[float, dict[str, _Grid]] | None = None
     for significand in significands:
@@ -210,6 +257,10 @@ def _best_grids(
             scale = snap_scale(old, [significand])
             found[site] = _Grid(scale, _zero_point(tensor, scale, activation), significand)
             cost += abs(math.log(scale / old))
+            for product in multipliers.get(site, ()):
+                # Multipliers become multiples of the significand's odd part, whose step must not be too fine.
+                units = product / (_odd(significand) * 2.0**-TIE_FREE_BITS)
+                cost += float(np.log(np.ceil(units) / units).mean()) if units.size else 0.0
         if best is None or cost < best[0]:
             best = (cost, found)
     assert best is not None
@@ -231,13 +282,13 @@ def _wants_inverse(regions: Regions, grids: Mapping[str, _Grid]) -> set[str]:
                     found.add(site)
             for layer in layers:
                 need, x = needs[layer.node], grids[layer.site].scale
-                bits = _tie_free_bits(layer, need)
+                bits = _bits(layer, need)
                 old = np.asarray(layer.weight.scale, np.float64).reshape(-1)
-                scales = (_weight_scale(float(s), need, x, layer.taps, int(k)) for s, k in zip(old, bits, strict=True))
+                scales = (_weight_scale(float(s), need, x, layer.taps, k) for s, k in zip(old, bits, strict=True))
                 steps = (
                     min(trailing_step(x * s / need.output), need.step - trailing_step(need.output)) for s in scales
                 )
-                if any(step < -k for step, k in zip(steps, bits, strict=True)) or layer.bias_at is None:
+                if any(step < -k.tie_free for step, k in zip(steps, bits, strict=True)) or layer.bias_at is None:
                     found.add(site)
     return found
 
@@ -246,7 +297,7 @@ def _zero_point(tensor: QuantizedTensor, scale: float, activation: Scheme) -> in
     """An even zero point that keeps the old range, or loses as little of it as can be."""
     lowest, highest = tensor.limits
     old = int(tensor.zero_point)
-    if old in (lowest, highest) or (old % 2 == 0 and (activation.symmetric or old == (lowest + highest + 1) // 2)):
+    if old == lowest or (old % 2 == 0 and (activation.symmetric or old == (lowest + highest + 1) // 2)):
         return old  # one-sided and symmetric ranges stay what they are
     low, high = tensor.low / scale, tensor.high / scale
 
@@ -286,33 +337,42 @@ def _put(net: Net, name: str, value: Array, users: Iterable[Any]) -> str:
 
 
 def _needs(regions: Regions, grids: Mapping[str, _Grid]) -> dict[str, _Need]:
-    """For every layer: the scale behind it, and the absolute step (log2) of what is added to its products."""
+    """For every layer: what the sites behind it ask of it."""
     needs: dict[str, _Need] = {}
     for site, alternatives in regions.behind.items():
-        grid = grids[site]
+        grid, (lowest, highest) = grids[site], regions.sites[site].limits
+        low, high = ((limit - grid.zero) * grid.scale for limit in (lowest, highest))
         for terms in alternatives:
             layers = [term for term in terms if term.layer]
-            step = math.inf
-            doubtful = False
+            new = _Need(grid.scale, grid.significand, low, high, added=(len(layers) - 1) * (high - low))
             for term in terms:
                 if term.site and term.divisor and not _uneven(term.divisor):
-                    step = min(step, trailing_step(grids[term.site].scale / term.divisor))
+                    other = grids[term.site]
+                    new.step = min(new.step, trailing_step(other.scale / term.divisor))
+                    largest = max(abs(limit - other.zero) for limit in regions.sites[term.site].limits)
+                    new.added += largest * other.scale / term.divisor
                 elif not term.layer or term.divisor != 1:
-                    doubtful = True
+                    new.doubtful = True
             for index, term in enumerate(layers):
-                new = _Need(grid.scale, grid.significand, step, index == 0, doubtful)
-                old = needs.get(term.layer)
-                if old is not None:
-                    finest = min((old, new), key=lambda need: need.output)
-                    new = _Need(
-                        finest.output,
-                        finest.significand,
-                        min(old.step, new.step),
-                        old.half and new.half,
-                        old.doubtful or new.doubtful,
-                    )
-                needs[term.layer] = new
+                needs[term.layer] = _both(replace(new, half=index == 0), needs.get(term.layer))
     return needs
+
+
+def _both(new: _Need, old: _Need | None) -> _Need:
+    """What satisfies two sites."""
+    if old is None:
+        return new
+    finest = min((old, new), key=lambda need: need.output)
+    return _Need(
+        output=finest.output,
+        significand=finest.significand,
+        low=min(old.low, new.low),
+        high=max(old.high, new.high),
+        step=min(old.step, new.step),
+        added=max(old.added, new.added),
+        half=old.half and new.half,
+        doubtful=old.doubtful or new.doubtful,
+    )
 
 
 def _settle_layer(
@@ -331,10 +391,8 @@ def _settle_layer(
     scales, doubtful = old, 0
     bias = layer.bias
     if need is not None:
-        bits = _tie_free_bits(layer, need)
-        scales = np.array(
-            [_weight_scale(float(s), need, x, layer.taps, int(k)) for s, k in zip(old, bits, strict=True)]
-        )
+        bits = _bits(layer, need)
+        scales = np.array([_weight_scale(float(s), need, x, layer.taps, k) for s, k in zip(old, bits, strict=True)])
         bias, doubtful = _bias(layer, need, scales, x, bits)
     _write_weight(net, nodes, qdq, layer, np.asarray(scales, np.float32), weight, float_weights)
     if bias is not None and layer.bias_at is not None:
@@ -342,45 +400,65 @@ def _settle_layer(
     return doubtful
 
 
-def _tie_free_bits(layer: Layer, need: _Need) -> npt.NDArray[np.int64]:
-    """For every weight scale: the finest grid (bits behind the point) whose half step is above the noise of float32."""
-    size = np.zeros(layer.channels) if layer.bias is None else np.abs(layer.bias) / need.output
-    largest = size if layer.weight.scale.size == layer.channels else np.array([size.max()])
-    return np.asarray(TIE_FREE_BITS - np.ceil(np.log2(np.maximum(largest, 256.0) / 256.0)), np.int64)
+def _bits(layer: Layer, need: _Need) -> list[_Bits]:
+    """For every weight scale: how fine the grid of its channels may be.
+
+    A large bias is made up for by sums of products that are as large, and float32 has to hold those as well.
+    """
+    bias = np.zeros(layer.channels) if layer.bias is None else layer.bias
+    largest = (np.maximum(np.abs(need.low - bias), np.abs(need.high - bias)) + need.added) / need.output
+    if layer.weight.scale.size != layer.channels:
+        largest = largest.max(keepdims=True)
+    return [
+        _Bits(
+            TIE_FREE_BITS - max(0, math.ceil(math.log2(float(size) / 340.0))),
+            EXACT_BITS - max(0, math.ceil(math.log2(float(size) * _odd(need.significand) / 256.0))),
+        )
+        for size in largest
+    ]
 
 
-def _weight_scale(old: float, need: _Need, x: float, taps: int, bits: int) -> float:
+def _odd(significand: int) -> int:
+    return significand // (significand & -significand)
+
+
+def _weight_scale(old: float, need: _Need, x: float, taps: int, bits: _Bits) -> float:
     """The smallest scale at or above the old one whose multiplier is short enough, at a price that is small enough."""
     y, a = need.output, need.significand
     if not (old > 0 and math.isfinite(old)):
         return old
     # What no input can bring to a hundredth of a code may have any scale: all its weights become 0 at this one.
     least = max(old, y / x * 2.0**-28)
-    exponent = math.floor(math.log2(least / a))
-    # A channel with weights far below one code of the output may get a scale that is far too large for it.
-    candidates = sorted({a * b * 2.0**e for b in range(8, 16) for e in range(exponent - 5, exponent + 18)})
-    candidates = [scale for scale in candidates if scale >= least]
 
     def noise(scale: float) -> float:
-        return scale * x / y * math.sqrt(taps / 12.0) * _CODE_RMS
+        # A weight is at most 127 old steps: rounding it to zero costs no more than that.
+        return min(scale / math.sqrt(12.0), 64.0 * old) * x / y * math.sqrt(taps) * _CODE_RMS
 
-    for allowed, coarser in ((bits, COARSER), (EXACT_BITS, COARSER), (EXACT_BITS, COARSEST)):
-        for scale in candidates:
-            if trailing_step(x * scale / y) < -allowed:
-                continue
-            if scale <= coarser * old or noise(scale) ** 2 - noise(old) ** 2 <= NOISE**2:
-                return scale
-    return candidates[0]
+    for tie_free, coarser in LADDER:
+        scale = _next_scale(least, a, x / y, -(bits.tie_free if tie_free else bits.exact))
+        if scale <= coarser * old or noise(scale) ** 2 - noise(old) ** 2 <= NOISE**2:
+            return scale
+    return _next_scale(least, a, x / y, -60)
+
+
+def _next_scale(least: float, significand: int, ratio: float, step: int) -> float:
+    """The smallest ``significand * b * 2**j`` (b below 128) that is at least `least`, times `ratio` a multiple of ``2**step``."""
+    exponent = math.floor(math.log2(least / significand)) - 6
+    while True:
+        unit = significand * 2.0**exponent  # `least` is 64 to 128 of these
+        if trailing_step(unit * ratio) >= step:
+            return math.ceil(least / unit) * unit
+        exponent += 1
 
 
 def _bias(
-    layer: Layer, need: _Need, scales: npt.NDArray[np.float64], x: float, bits: npt.NDArray[np.int64]
+    layer: Layer, need: _Need, scales: npt.NDArray[np.float64], x: float, bits: Sequence[_Bits]
 ) -> tuple[npt.NDArray[np.float64] | None, int]:
     """The bias on the half grid or on the grid, per channel, and how many channels are on neither."""
     y = need.output
     old = np.zeros(layer.channels) if layer.bias is None else layer.bias
     spread = np.broadcast_to(scales, (layer.channels,)) if scales.size == 1 else scales
-    limits = np.broadcast_to(bits, (layer.channels,)) if bits.size == 1 else bits
+    limits = list(bits) * layer.channels if len(bits) == 1 else bits
     new = old.copy()
     doubtful = 0
     for channel in range(layer.channels):
@@ -388,14 +466,17 @@ def _bias(
         products = trailing_step(x * float(spread[channel]) / y)
         added = math.inf if need.step == math.inf else need.step - trailing_step(y)
         step = min(products, added, -6.0)
-        if need.half and step >= -int(limits[channel]) and layer.bias_at is not None:
+        allowed, certain = limits[channel], step >= -limits[channel].tie_free
+        if need.half and layer.bias_at is not None and (certain or step < -allowed.exact):
+            # Even where half a step is lost in noise, few sums are as near to a boundary as that.
             unit = 2.0**step * y
             new[channel] = (math.floor(old[channel] / unit) + 0.5) * unit
-            doubtful += need.doubtful
+            doubtful += need.doubtful or not certain
         else:
-            unit = 2.0 ** max(step, -EXACT_BITS) * y
-            new[channel] = _float32_multiple(old[channel], unit)
-            doubtful += need.doubtful or step < -EXACT_BITS
+            product = x * float(spread[channel])
+            whole = step >= -allowed.exact and step == products and product < 2.0**-6 * y
+            new[channel] = _float32_multiple(old[channel], product if whole else 2.0 ** max(step, -allowed.exact) * y)
+            doubtful += need.doubtful or step < -allowed.exact
     return new, int(doubtful)
 
 
