@@ -247,6 +247,23 @@ def test_float_weights_are_rounded_by_the_graph_as_openvino_rounds_them(levels: 
     assert np.abs(twin(graph, feed) - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
+def test_weights_that_were_halved_against_overflow_are_doubled_again() -> None:
+    weight = f(8, 4, 3, 3)
+    top = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+    x = parameter(-1, 4, 6, 6)
+    rounded = fake(c(weight / 2), -top, top, 255, (-2 * top, 2 * top))
+    model = ov.Model([op.convolution(x, rounded, [1, 1], [0, 0], [0, 0], [1, 1])], [x])
+    read = read_ir(model)
+    assert not read.notes
+    (found,) = read_qdq(read.graph)
+    source = read.graph.constant(found.name)
+    assert source is not None
+    assert np.abs(source - weight).max() < 1e-4 * float(found.scale.max())
+    feed = f(2, 4, 6, 6)
+    wanted = run(model, feed)
+    assert np.abs(twin(read.graph, feed) - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
 def test_grouped_weights_keep_a_scale_a_channel() -> None:
     codes = np.random.default_rng(5).integers(-127, 128, (6, 1, 1, 3, 3)).astype(np.int8)
     scale = np.abs(f(6, 1, 1, 1, 1)) + 0.1

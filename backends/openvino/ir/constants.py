@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import openvino as ov
 from onnx import helper
 
 from zsq_deploy.backends.openvino.ir.registry import UnsupportedFormError, element_type
-from zsq_deploy.backends.openvino.ir.rounding import Rounding, on_the_side_of, read_ranges
+from zsq_deploy.backends.openvino.ir.rounding import Rounding, levels_of, on_the_side_of, read_ranges
 from zsq_deploy.backends.openvino.ir.stored import Stored, constant_array
 
 __all__ = ["Constants", "Key", "is_unit", "key_of", "plain"]
@@ -153,28 +154,21 @@ class Constants:
     def _fake_quantized(first: Stored, bounds: Sequence[Stored], node: ov.Node) -> Stored | None:
         if first.rounding is not None:
             return None
-        levels = int(node.get_attributes()["levels"])
-        found = read_ranges([bound.values for bound in bounds], levels)
+        levels, limits = int(node.get_attributes()["levels"]), [bound.values for bound in bounds]
+        values = np.asarray(first.values, np.float32)
+        rank = values.ndim
+        if any(limit.ndim > rank for limit in limits):
+            return None
+        found = read_ranges(limits, levels)
+        source = values
         if found is None or found[1] is not None:
-            return None
-        rounding = found[0]
-        rank = len(first.shape)
-        if rounding.scale.ndim > rank:
-            return None
-        if rounding.scale.size > 1:
-            lead = (1,) * (rank - rounding.scale.ndim)
-            rounding = Rounding(
-                rounding.dtype,
-                rounding.scale.reshape(lead + rounding.scale.shape),
-                rounding.zero.reshape(lead + rounding.zero.shape),
-                rounding.low,
-                rounding.high,
-            )
-        else:
-            rounding = Rounding(
-                rounding.dtype, rounding.scale.reshape(()), rounding.zero.reshape(()), rounding.low, rounding.high
-            )
-        values = on_the_side_of(
-            np.asarray(first.values, np.float32), rounding, [bound.values for bound in bounds[:2]], levels
-        )
-        return Stored(values, first.name, rounding)
+            # another output range (POT halves the weights of a first layer, and doubles them here): the weights are taken there
+            found = read_ranges([*limits[2:], *limits[2:]], levels)
+            if found is None or not (limits[1] > limits[0]).all():
+                return None
+            low, high, out_low, out_high = (limit.astype(np.float64) for limit in limits)
+            source = np.asarray((values - low) * ((out_high - out_low) / (high - low)) + out_low, np.float32)
+        scale, zero = _aligned(found[0].scale, found[0].zero, rank)
+        rounding = replace(found[0], scale=scale, zero=zero)
+        places = levels_of(values, limits, levels)
+        return Stored(on_the_side_of(source, rounding, places), first.name, rounding)
