@@ -254,12 +254,19 @@ def _identity(
     target: Target,
     options: BuildOptions,
     probes: Mapping[str, Array] | None = None,
+    validation: ValidationData | None = None,
 ) -> str:
     """Everything that a design depends on: not the biases, which are added to it, nor how its scales are settled."""
     told = options.with_(biases={}, exact_scales=False, label="").describe()
     pairs = None if ranges is None else sorted((name, float(low), float(high)) for name, (low, high) in ranges.items())
     seen = {name: digest_bytes(np.ascontiguousarray(value).tobytes()) for name, value in sorted((probes or {}).items())}
-    return digest_json([model.digest, target.name, pairs, str(getattr(calibration, "digest", "") or ""), told, seen])
+    judged: list[str] = []
+    if validation is not None:
+        arrays = [value for batch in validation.batches for _, value in sorted(batch.items())]
+        labels = [np.asarray(part) for part in validation.labels or ()]
+        judged = [digest_bytes(np.ascontiguousarray(value).tobytes()) for value in (*arrays, *labels)]
+    source = str(getattr(calibration, "digest", "") or "")
+    return digest_json([model.digest, target.name, pairs, source, told, seen, judged])
 
 
 def _design(
@@ -277,7 +284,7 @@ def _design(
     vendor_path = folder / "vendor.xml"
     if options.weight_only is not None:
         return design_weight_only(model, target, options, folder, progress=progress)
-    key = "" if validation is not None else _identity(model, ranges, calibration, target, options, probes)
+    key = _identity(model, ranges, calibration, target, options, probes, validation)
     found = _designs.get(key)
     if found is not None:
         _designs.move_to_end(key)
@@ -303,13 +310,12 @@ def _design(
                 ):
                     shutil.move(source, place)
                 design = replace(design, vendor_ir=vendor_path)
-    if key:
-        vendor = None
-        if design.vendor_ir is not None:
-            vendor = (vendor_path.read_bytes(), weights_of(vendor_path).read_bytes())
-        _designs[key] = _Remembered(design, vendor)
-        while len(_designs) > _REMEMBERED:
-            _designs.popitem(last=False)
+    vendor = None
+    if design.vendor_ir is not None:
+        vendor = (vendor_path.read_bytes(), weights_of(vendor_path).read_bytes())
+    _designs[key] = _Remembered(design, vendor)
+    while len(_designs) > _REMEMBERED:
+        _designs.popitem(last=False)
     return design
 
 
