@@ -111,13 +111,20 @@ class _Plan:
         tensors: dict[str, QuantizedTensor] = {}
         if qdq is not None:
             tensors = {t.codes: t for t in read_qdq(qdq) if t.quantize is not None and not t.is_weight}
-        by_node = {tensor.quantize: codes for codes, tensor in tensors.items()}
+        by_node = {
+            node: codes
+            for codes, tensor in tensors.items()
+            for node in (tensor.output, *tensor.dequantize, tensor.quantize)
+            if node
+        }
         names: dict[Source, str] = {}
         shifts: dict[str, int] = {}
         used: set[str] = set()
         for step in self.steps:
             last = step.group.ops[-1]
-            for port, given in enumerate(last.outputs):
+            for port, shown in enumerate(last.outputs):
+                exit_ = last.exits[port] if last.body else None
+                given = shown if exit_ is None else (*shown, *self.lowered.ops[exit_.op].outputs[exit_.port])
                 codes = [name for name in (*given, by_node.get(last.name, "")) if name in tensors]
                 exact = step.group.precision in ("u8", "i8")
                 choices = [*(codes if exact else []), *(n for n in given if n not in tensors), last.name]
@@ -172,6 +179,8 @@ class _Plan:
             self._values.clear()
 
     def _shown(self, name: str, array: Array) -> Array:
+        if name in self.lowered.types:
+            return np.asarray(array, self.lowered.types[name])
         shift = self._shifts.get(name, 0)
         if shift == 0 or array.dtype.kind not in "iu":
             return array

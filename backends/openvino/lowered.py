@@ -142,12 +142,14 @@ class Lowered:
         groups: The executed nodes that compute any of them, in order of execution.
         inputs: Names of the model's inputs, and the operators that stand for them.
         outputs: Names of the model's outputs, and what they show.
+        types: Names of the model's outputs, and their types.
     """
 
     ops: Mapping[str, Op]
     groups: tuple[Group, ...]
     inputs: Mapping[str, Op]
     outputs: Mapping[str, Source]
+    types: Mapping[str, Any]
     _ends: Mapping[str, Op] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -206,7 +208,11 @@ def lower(runner: OvRunner, feeds: Mapping[str, Array]) -> Lowered:
     ops: dict[str, Op] = {}
     outer = _operators(root, _constants(blob, runner.path), "", ops)
     groups = tuple(_groups(compiled, outer))
-    return Lowered(ops, groups, _inputs(compiled, outer, runner), _outputs(compiled, outer, runner))
+    types = {
+        name: np.dtype(port.element_type.to_dtype())
+        for name, port in zip(runner.output_names, compiled.outputs, strict=True)
+    }
+    return Lowered(ops, groups, _inputs(compiled, outer, runner), _outputs(compiled, outer, runner), types)
 
 
 def _constants(blob: bytes, path: Path) -> memoryview:

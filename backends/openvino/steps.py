@@ -433,7 +433,7 @@ def _chain(lowered: Lowered, group: Group) -> Step:
         if not known and not (op.type in ("AvgPool", *_REDUCTIONS) and reads):
             exact = False
     codes = group.precision in _CODES or any(s is not None and _is_code(lowered, s) for op in ops for s in op.inputs)
-    role: Role = "moving" if moving else "integer" if exact and codes else "float"
+    role: Role = "moving" if moving else "integer" if exact else "float"
     if not codes and not any(p.startswith("f") for op in parts for p in op.precisions):
         role = "shape"
 
