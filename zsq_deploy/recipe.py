@@ -456,7 +456,7 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
         text: list[str] = []
-        defaults = Recipe(model=ModelSection(source="-")).model_dump(mode="json")
+        defaults = Recipe.of({"model": {"source": "-"}}).model_dump(mode="json")
         for name, value in self.model_dump(mode="json").items():
             if isinstance(value, dict):
                 if name == "quantization":  # what no quantizer reads is not written
