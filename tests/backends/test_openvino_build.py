@@ -244,3 +244,27 @@ def test_real_networks_compute_what_their_graphs_say(name: str, assets: Path, tm
     assert (got.argmax(-1) == wanted.argmax(-1)).all()
     records = runner(made.path, CPU).kernels({key: value[:1] for key, value in feeds.items()})
     assert sum(record.macs for record in records if record.integer) == sum(record.macs for record in records) > 0
+
+
+@pytest.mark.slow
+def test_what_nncf_wrote_is_the_engine_or_is_settled(
+    network: Model, ranges: Ranges, feeds: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    images = calibration_set(network, feeds)
+    free = BuildOptions(quantizer="nncf")
+    kept = build(network, ranges, CPU, tmp_path / "kept", options=free, calibration=images)
+    assert kept.vendor_path == tmp_path / "kept" / "vendor.xml"
+    assert kept.choices["corrects_biases"]
+    got = runner(kept.path, CPU).run(feeds)["logits"]
+    np.testing.assert_array_equal(got, runner(kept.vendor_path, CPU).run(feeds)["logits"])
+    manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
+    assert {"vendor", "vendor_weights"} <= manifest.keys()
+
+    settled = build(
+        network, ranges, CPU, tmp_path / "settled", options=free.with_(exact_scales=True), calibration=images
+    )
+    # the design was remembered: NNCF's files are the same, and only what was done with them differs
+    assert digest_file(settled.vendor_path) == digest_file(kept.vendor_path)
+    assert not settled.choices["corrects_biases"]  # its weights were rounded again
+    wanted = twin_outputs(settled, feeds)["logits"]
+    assert np.abs(runner(settled.path, CPU).run(feeds)["logits"] - wanted).max() < 2 * lsb(wanted)
