@@ -12,6 +12,7 @@ from PIL import Image
 
 from zsq_deploy.errors import ZsqError
 from zsq_deploy.report import parse, render_html, write_html
+from zsq_deploy.report.build import finish
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sample
@@ -270,3 +271,38 @@ def test_a_picture_by_its_file_is_taken_in_from_the_report_s_own_folder_only(tmp
     value["calibration"]["preview"] = {**preview, "file": "fake.png"}
     with pytest.raises(ZsqError, match="neither PNG nor JPEG"):
         render_html(parse(value), folder=tmp_path / "out")
+
+
+def test_layers_that_went_back_to_float_are_shown_with_the_reason():
+    parts = sample.parts()
+    engine = next(iter(parts["targets"].values()))["engine"]
+    engine.update(
+        quantizer="nncf",
+        weights={"path": "openvino-cpu/engine.bin", "bytes": 1234, "sha256": "0" * 64},
+        vendor={"path": "openvino-cpu/vendor.xml", "bytes": 99, "sha256": "1" * 64},
+        accuracy_control={
+            "metric": "agreement with float on synthetic images",
+            "samples": 32,
+            "max_drop": 0.01,
+            "float": 1.0,
+            "quantized": 0.9,
+            "final": 0.995,
+            "reached": True,
+            "returned_to_float": [{"node": "layer3/<conv>", "reason": "0.0500 below float with it"}],
+        },
+    )
+    page = render_html(finish(parts))
+    Checker(page)
+    for word in (
+        "Accuracy control",
+        "layer3/&lt;conv&gt;",
+        "0.0500 below float with it",
+        "vendor.xml",
+        "engine.bin",
+        "nncf",
+    ):
+        assert word in page, word
+    engine["accuracy_control"].update(returned_to_float=[], reached=False)
+    page = render_html(finish(parts))
+    assert "No layer had to go back to float" in page
+    assert "was not reached" in page
