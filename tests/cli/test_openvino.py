@@ -123,6 +123,7 @@ def test_accuracy_control_names_its_metric_and_what_it_returned(deploy, zsq, tmp
     assert "Accuracy control" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_accuracy_control_looks_at_labelled_images_only_if_told(deploy, tmp_path):
     data, other = small.write_eval(tmp_path / "data.npz"), small.write_eval(tmp_path / "other.npz", images=20)
     said = deploy(
@@ -299,6 +300,7 @@ def test_pot_without_its_interpreter_is_one_clear_error(deploy, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.pot
 def test_pot_for_real(deploy, zsq, pot_environment, tmp_path):
     data = small.write_eval(tmp_path / "data.npz")
@@ -342,6 +344,7 @@ def without(blocked, *calls):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_without_openvino_everything_else_works(good, tmp_path):
     config = tmp_path / "pot.json"
     config.write_text(POT_CONFIG)
@@ -364,6 +367,7 @@ def test_without_openvino_everything_else_works(good, tmp_path):
     assert imported[0] == 0, imported[2]
 
 
+@pytest.mark.slow
 def test_without_nncf_our_own_graph_is_what_openvino_runs(good, tmp_path):
     more = ("--target", "openvino-cpu", "--method", "gaussian", "--images", 4, "--no-bias-correction", "-q")
     auto, nncf = without(
