@@ -43,6 +43,8 @@ def row(report: Report, name: str, target: TargetSection) -> list[str]:
     def quality(value: float | None) -> str:
         if accuracy is None or value is None or (percent and accuracy.estimate):
             return "-"
+        if not percent and value > 300:
+            return "-"  # float against float
         return share(value) if percent else f"{value:.1f} dB"
 
     agreement = accuracy.agreement_with_float.get("engine") if accuracy is not None else None
