@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,9 @@ import numpy.typing as npt
 from zsq_deploy.artifact import digest_bytes, digest_json
 from zsq_deploy.backends.base import BuildSettings, Target
 from zsq_deploy.errors import UsageError
-from zsq_deploy.model.graph import Graph
+
+if TYPE_CHECKING:  # the options are read with the targets, and those load neither onnx nor torch
+    from zsq_deploy.model.graph import Graph
 
 __all__ = [
     "CALIBRATORS",
