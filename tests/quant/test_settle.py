@@ -218,10 +218,10 @@ def test_every_order_of_float32_operations_gives_the_codes_of_float64(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.tuples(*[st.floats(1e-3, 3.0)] * 3))
+@given(st.integers(0, 2**32 - 1), st.tuples(st.floats(1e-3, 3.0), st.floats(0.2, 1.5), st.floats(1e-3, 3.0)))
 def test_weights_are_rounded_once_and_scales_grow_little(seed: int, scales: tuple[float, float, float]) -> None:
     rng = np.random.default_rng(seed)
-    graph, weight = layer_graph(rng, 64, 24, True, scales)
+    graph, weight = layer_graph(rng, 64, 24, True, (scales[0], scales[1] * scales[2], scales[2]))
     old = {tensor.name: tensor for tensor in read_qdq(graph)}
     new = {
         tensor.name: tensor
@@ -229,9 +229,8 @@ def test_weights_are_rounded_once_and_scales_grow_little(seed: int, scales: tupl
     }
     for name in ("x", "s", "t"):
         ratio = float(new[name].scale) / float(old[name].scale)
-        assert 0.994 < ratio < 2.0, (
-            name
-        )  # one alone grows by a third at most; two that share a significand can do worse
+        # One alone grows by a third at most; two that share a significand can do worse.
+        assert 0.994 < ratio < 2.0, name
         fraction, _ = math.frexp(float(new[name].scale))
         assert fraction * 8 in (4, 5, 6, 7), name
         lost = max(new[name].low - old[name].low, old[name].high - new[name].high, 0.0)
@@ -239,8 +238,7 @@ def test_weights_are_rounded_once_and_scales_grow_little(seed: int, scales: tupl
     grown = new["w"].scale / old["w"].scale
     assert (grown > 0.999).all()
     multiplier = float(new["x"].scale) * new["w"].scale.astype(np.float64) / float(new["t"].scale)
-    noise = multiplier * 48 * np.sqrt(64 / 12) * np.sqrt(1 - np.minimum(grown, 1e9) ** -2.0)  # in codes of the output
-    assert ((grown <= 1.14) | (noise <= 0.081) | (multiplier < 2.0**-11)).all()
+    assert (grown[multiplier > 2.0**-6] <= 1.04).all()  # far below one code it may be coarser
     settled_graph = settle(graph, activation=U8, weight=W8, float_weights={"w": weight}).graph
     stored = settled_graph.constant("w_quantized")
     np.testing.assert_array_equal(
