@@ -409,7 +409,7 @@ def _controlled(
     drop = drop_of(metric.floating, before, told.drop_type)
     layers: dict[str, str] = {}
     for step in read_steps(messages.texts()):
-        for operator in step.operators:
+        for operator in sorted(step.operators):  # NNCF's own order is that of a set
             if operator in reverted and step.drop is not None:
                 layers[nodes.get(operator, operator)] = (
                     f"with it in 8 bits the metric was {drop:.4f} below the float network's, without it {step.drop:.4f}"
