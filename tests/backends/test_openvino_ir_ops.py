@@ -330,6 +330,24 @@ def test_operation_computes_what_openvino_computes(case: Case, dynamic: bool) ->
     compare(model_of(case, dynamic), feeds, case.tolerance)
 
 
+def test_suppressed_boxes() -> None:
+    rng = np.random.default_rng(4)
+    corner = rng.random((2, 30, 2)).astype(np.float32)
+    boxes = np.concatenate([corner, corner + rng.random((2, 30, 2)).astype(np.float32) * 0.4], -1)
+    scores = rng.random((2, 3, 30)).astype(np.float32)
+    parameters = [op.parameter([2, 30, 4], np.float32), op.parameter([2, 3, 30], np.float32)]
+    kept = op.non_max_suppression(
+        *parameters,
+        c(5, np.int64),
+        c(0.4),
+        c(0.2),
+        box_encoding="corner",
+        sort_result_descending=False,
+        output_type="i64",
+    )
+    compare(ov.Model([op.convert(kept.output(0), "f32")], parameters), [boxes, scores], 1e-6)
+
+
 def test_older_operator_sets_are_read() -> None:
     x = op7.parameter([-1, 4, 8, 8], np.float32, "x")
     sizes, scales, axes = i(12, 12), c([1.5, 1.5]), i(2, 3)
