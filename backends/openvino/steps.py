@@ -440,7 +440,7 @@ def _chain(lowered: Lowered, group: Group) -> Step:
     def run(values: Values) -> None:
         for before, op in zip((None, *ops), ops, strict=False):
             if before is not None and _fuses(lowered, before, op):
-                results = [multiply_add(values, before, op)]
+                results = multiply_add(values, before, op)
             else:
                 results = values.evaluate(op)
             if op is not ops[-1]:
