@@ -409,12 +409,14 @@ def _controlled(
     drop = drop_of(metric.floating, before, told.drop_type)
     layers: dict[str, str] = {}
     for step in read_steps(messages.texts()):
+        # NNCF gives no number for the step behind which nothing was missing any more.
+        left = step.drop if step.drop is not None else drop_of(metric.floating, after, told.drop_type)
         for operator in sorted(step.operators):  # NNCF's own order is that of a set
-            if operator in reverted and step.drop is not None:
+            if operator in reverted:
                 layers[nodes.get(operator, operator)] = (
-                    f"with it in 8 bits the metric was {drop:.4f} below the float network's, without it {step.drop:.4f}"
+                    f"with it in 8 bits the metric was {drop:.4f} below the float network's, without it {left:.4f}"
                 )
-        drop = step.drop if step.drop is not None else drop
+        drop = left
     for operator in sorted(reverted):
         layers.setdefault(nodes.get(operator, operator), "it reads or is read by what went back to float")
     return {
@@ -432,7 +434,11 @@ def _controlled(
 
 def _sentence(control: Mapping[str, Any]) -> str:
     layers = control["returned_to_float"]
-    what = f"{len(layers)} layers went back to float" if layers else "no layer had to go back to float"
+    what = (
+        f"{len(layers)} layer{'s' * (len(layers) > 1)} went back to float"
+        if layers
+        else "no layer had to go back to float"
+    )
     missed = "" if control["reached"] else f"; the allowed drop of {control['max_drop']:g} was not reached"
     return f"accuracy control ({control['metric']}): {what}{missed}"
 
