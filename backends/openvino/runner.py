@@ -74,6 +74,8 @@ def properties(
         found.update({name: value for name, value in target.session.items() if name != DEVICE})
     if mode == "unfused":
         found["LP_TRANSFORMS_MODE"] = "NO"
+        # Stored integer weights would otherwise have the plugin round activations to 8 bits a second time, on the fly.
+        found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     found.update(session or {})
     return found
 
