@@ -14,6 +14,7 @@ from zsq_deploy.report.schema import Report, TargetSection, load
 
 COLUMNS = (
     "network",
+    "quantizer",
     "images",
     "float",
     "twin",
@@ -24,8 +25,9 @@ COLUMNS = (
     "top-1 = twin",
     "within 2 LSB of twin",
     "largest LSB",
+    "ms (fp32)",
     "speed-up",
-    "size",
+    "KiB (float)",
 )
 
 
@@ -48,10 +50,14 @@ def row(report: Report, name: str, target: TargetSection) -> list[str]:
         return share(value) if percent else f"{value:.1f} dB"
 
     agreement = accuracy.agreement_with_float.get("engine") if accuracy is not None else None
-    size = (target.float_model.bytes / target.engine.bytes) if target.float_model else None
+    engine_ms, float_ms = target.latency.engine, target.latency.float32
+    timed = engine_ms is not None and float_ms is not None
+    times = f"{engine_ms.median_ms:.2f} ({float_ms.median_ms:.2f})" if timed else "-"
+    whole = f" ({target.float_model.bytes / 1024:.0f})" if target.float_model else ""
     calibration = report.calibration
     return [
         report.model.name + ("" if name == "ort-x86-vnni" else f" ({name})"),
+        target.engine.quantizer or "-",
         f"{calibration.method} {calibration.images}",
         quality(accuracy.float_ if accuracy else None),
         quality(accuracy.reference if accuracy else None),
@@ -62,8 +68,9 @@ def row(report: Report, name: str, target: TargetSection) -> list[str]:
         share(parity.top1_agreement),
         share(parity.within_2_lsb),
         "-" if parity.max_lsb is None else f"{parity.max_lsb:.2g}",
+        times,
         "-" if target.latency.speedup is None else f"{target.latency.speedup:.2f}x",
-        "-" if size is None else f"{size:.2f}x smaller",
+        f"{target.engine.bytes / 1024:.0f}{whole}",
     ]
 
 
