@@ -103,7 +103,7 @@ _Alternatives = tuple[tuple[Term, ...], ...]
 
 
 def _interpolates(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Resize" and attributes(node).get("mode", "nearest") != "nearest"
+    return bool(node.op_type == "Resize" and attributes(node).get("mode", "nearest") != "nearest")
 
 
 class _Reader:
