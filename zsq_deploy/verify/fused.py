@@ -143,7 +143,10 @@ def walk_fused(
     pairs = fused_codes(fused.graph, qdq)
     if not pairs:
         return None
-    titles = {tensor.codes: tensor.name for tensor in read_qdq(qdq)}
+    titles: dict[str, str] = {}
+    for tensor in read_qdq(qdq):  # one value may be rounded more than once, in different ways
+        again = tensor.name in titles.values()
+        titles[tensor.codes] = f"{tensor.name} ({tensor.codes})" if again else tensor.name
     walk = TensorWalk([titles[codes] for codes in pairs], dict.fromkeys(titles.values(), 1.0))
     for feeds in batches:
         wanted = reference(feeds, list(pairs))
