@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from zsq_deploy.backends import get_target
 from zsq_deploy.backends.openvino.options import BuildOptions
-from zsq_deploy.backends.openvino.qdq_route import design_qdq, plan_qdq
+from zsq_deploy.backends.openvino.qdq_route import OPS, design_qdq, plan_qdq
 from zsq_deploy.errors import EngineError, UsageError
 from zsq_deploy.model import load_model
 from zsq_deploy.model.graph import Graph
@@ -234,11 +234,24 @@ def attention(n: Net) -> str:
     return n.op("Add", dense(n.relu(dense(y, 16, 32)), 32, 16), y)
 
 
+def test_products_of_computed_matrices_stay_in_float_unless_named() -> None:
+    net = Net(0)
+    model = net.model(attention(net), (9, 16))
+    graph = model.folded().graph
+    products = {n.name for n in graph if n.op_type == "MatMul" and graph.constant(n.input[1]) is None}
+    assert len(products) == 2
+    batch = pictures(40, shape=(9, 16))
+    ranges = dict(collect(graph, [{"image": batch}], device="cpu").ranges("minmax"))
+    plan = plan_qdq(graph, ranges, TARGET.activation)
+    assert products <= set(plan.skipped)
+    assert not products & set(plan_qdq(graph, ranges, TARGET.activation, op_types=tuple(OPS)).skipped)
+
+
 def test_products_of_computed_matrices_have_no_zero_points() -> None:
     net = Net(0)
     model = net.model(attention(net), (9, 16))
     batch = pictures(40, shape=(9, 16))
-    design = designed(model, batch)
+    design = designed(model, batch, op_types=tuple(OPS))
     by_output = {t.output: t for t in read_qdq(design.qdq) if not t.is_weight}
     products = [node for node in design.qdq if node.op_type == "MatMul" and design.qdq.constant(node.input[1]) is None]
     dynamic = [
