@@ -204,8 +204,8 @@ def _check(proto: onnx.ModelProto, where: str) -> None:
     try:
         _check_operators(proto)
         onnx.checker.check_model(proto)
-    except UnsupportedOpError:
-        raise
+    except UnsupportedOpError as error:
+        raise UnsupportedOpError(error.what, where=f"{where}\n         {error.where}", remedy=error.remedy) from None
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(
