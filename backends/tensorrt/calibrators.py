@@ -17,9 +17,10 @@ TensorRT 11 has no calibrators: they were superseded by explicit Q/DQ in 10.1 an
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -41,8 +42,10 @@ __all__ = [
     "CLASSES",
     "Calibrator",
     "DeviceMemory",
+    "RuntimeMemory",
     "TorchMemory",
     "batch_size_for",
+    "device_memory",
     "has_calibrators",
     "major_version",
     "make_calibrator",
@@ -73,6 +76,9 @@ class DeviceMemory(Protocol):
         """Give the memory back."""
 
 
+_REMEDY_GPU = "calibrate on the device that the engine is for; without a GPU write the cache from ranges, which needs neither GPU nor TensorRT"
+
+
 class TorchMemory:
     """Device memory that belongs to torch, one buffer an input.
 
@@ -87,12 +93,7 @@ class TorchMemory:
         import torch
 
         if not torch.cuda.is_available():
-            raise EngineError(
-                "TensorRT calibrates on a GPU, and torch sees none",
-                where="CUDA",
-                remedy="on a Jetson install NVIDIA's build of torch for its JetPack; without a GPU write the cache from ranges "
-                "(zsq deploy --quantizer auto), which needs neither",
-            )
+            raise EngineError("torch sees no GPU, and TensorRT calibrates on one", where="CUDA", remedy=_REMEDY_GPU)
         self._torch = torch
         self._device = torch.device("cuda", device)
         self._buffers: dict[str, Any] = {}
@@ -110,6 +111,94 @@ class TorchMemory:
     def free(self) -> None:
         """Give the buffers back to torch."""
         self._buffers.clear()
+
+
+class RuntimeMemory:
+    """Device memory of the CUDA runtime itself, for machines whose torch was built without CUDA (most Jetsons).
+
+    TensorRT cannot work without that library, so it is there wherever TensorRT is. The current device of the calling thread is used.
+
+    Args:
+        library: The library's file or name; ``None``: the usual names.
+
+    Raises:
+        EngineError: The library is not there, or it sees no GPU.
+    """
+
+    _NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so.10.2")
+    _HOST_TO_DEVICE = 1
+
+    def __init__(self, library: str | None = None) -> None:
+        self._buffers: dict[str, tuple[int, int]] = {}
+        self._library = self._load(library)
+        count = ctypes.c_int(0)
+        self._call("cudaGetDeviceCount", ctypes.byref(count))
+        if count.value < 1:
+            raise EngineError("the CUDA runtime sees no GPU", where="CUDA", remedy=_REMEDY_GPU)
+
+    def _load(self, library: str | None) -> ctypes.CDLL:
+        for name in self._NAMES if library is None else (library,):
+            try:
+                found = ctypes.CDLL(name)
+            except OSError:
+                continue
+            found.cudaGetErrorString.restype = ctypes.c_char_p
+            return found
+        raise EngineError(
+            "there is no CUDA runtime (libcudart), and TensorRT calibrates on a GPU",
+            where=library or "libcudart.so",
+            remedy=f"{_REMEDY_GPU}; if CUDA is installed, put its lib64 folder on LD_LIBRARY_PATH",
+        )
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = int(getattr(self._library, name)(*arguments))
+        if status != 0:
+            text = self._library.cudaGetErrorString(status)
+            raise EngineError(
+                f"CUDA refused {name}: {text.decode(errors='replace') if text else 'error'} ({status})",
+                where="CUDA",
+                remedy="free GPU memory or use a smaller batch" if name == "cudaMalloc" else _REMEDY_GPU,
+            )
+
+    def upload(self, name: str, array: Array) -> int:
+        """Copy an array to the GPU (the call returns when it is there) and return its address."""
+        host = np.ascontiguousarray(array)
+        address, size = self._buffers.get(name, (0, 0))
+        if size != host.nbytes:
+            self._release(name)
+            pointer = ctypes.c_void_p()
+            self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(host.nbytes))
+            address = int(pointer.value or 0)
+            self._buffers[name] = (address, host.nbytes)
+        self._call(
+            "cudaMemcpy",
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(host.ctypes.data),
+            ctypes.c_size_t(host.nbytes),
+            ctypes.c_int(self._HOST_TO_DEVICE),
+        )
+        return address
+
+    def _release(self, name: str) -> None:
+        address, _ = self._buffers.pop(name, (0, 0))
+        if address:
+            self._call("cudaFree", ctypes.c_void_p(address))
+
+    def free(self) -> None:
+        """Give all buffers back."""
+        for name in list(self._buffers):
+            self._release(name)
+
+
+def device_memory() -> DeviceMemory:
+    """Device memory by torch where it sees a GPU, else by the CUDA runtime.
+
+    Raises:
+        EngineError: Neither sees one.
+    """
+    import torch
+
+    return TorchMemory() if torch.cuda.is_available() else RuntimeMemory()
 
 
 class Calibrator(Protocol):
@@ -195,7 +284,7 @@ def make_calibrator(
         batch_size: Images a batch; ``None``: :func:`batch_size_for`. A network with a fixed batch size needs that one. Images that
             do not fill the last batch are left out, and a note says so.
         cache: File of the calibration cache: read if it is there, written after a calibration. ``None``: neither.
-        memory: Where batches are put; ``None``: :class:`TorchMemory`, made when the first batch is asked for.
+        memory: Where batches are put; ``None``: :func:`device_memory`, asked when the first batch is asked for.
         quantile: Share of magnitudes kept, of the legacy calibrator.
         regression_cutoff: Share of the maximum where its regression begins; 1 turns the regression off.
         progress: Where to report.
@@ -367,7 +456,7 @@ def _subclass(base: Any, trt: Any, *, legacy: bool) -> Any:
                         remedy="make a set for this network",
                     )
                 if self._memory is None:
-                    self._memory = TorchMemory()
+                    self._memory = device_memory()
                 self._batches = iter(self._calibration.batches(self._size))
                 self._task = self._open.enter_context(self._progress.task(self._title, float(self._whole * self._size)))
             batch = next(self._batches, None) if self.batches_read < self._whole else None
@@ -402,9 +491,11 @@ def _subclass(base: Any, trt: Any, *, legacy: bool) -> Any:
                 )
 
         def close(self) -> None:
+            self._batches = iter(())  # whoever asks again is at the end
             self._open.close()
             if self._memory is not None:
-                self._memory.free()
+                with suppress(EngineError):  # the build's own error says more than that memory could not be given back
+                    self._memory.free()
 
     SetCalibrator.__name__ = SetCalibrator.__qualname__ = f"Zsq{base.__name__}"
     return SetCalibrator

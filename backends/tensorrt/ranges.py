@@ -15,7 +15,8 @@ in which order it widens its histograms, is not known, so its caches are compare
 
 Our histograms (:mod:`zsq_deploy.quant.histogram`) have between 4,096 and 8,192 bins of a power of two up to the largest magnitude.
 :func:`magnitudes` cuts them anew into 2,048, splitting the bins at the new edges in proportion. :func:`collect_magnitudes` counts
-the images' own numbers instead, exactly, at the price of a second pass.
+the images' own numbers instead, exactly, at the price of a second pass. (ResNet-20 with 32 synthesized images: 33 of 55 entropy ranges
+are the same both ways, the others are 6 % narrower to 12 % wider; the divergence is flat around its minimum.)
 """
 
 from __future__ import annotations
