@@ -45,6 +45,7 @@ __all__ = [
     "binding_path",
     "check_binding",
     "compare_caches",
+    "compare_scales",
     "read_cache",
     "scale_bits",
     "version_number",
@@ -163,6 +164,11 @@ class CalibrationCache:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    @property
+    def title(self) -> str:
+        """In a few words: ``TensorRT 8.6.2 EntropyCalibration2``."""
+        return f"TensorRT {version_text(self.version)} {self.algorithm}"
 
     @property
     def digest(self) -> str:
@@ -302,7 +308,7 @@ class CalibrationCache:
         notes = tuple(f"no range, stays in float: {name}" for name in self.unexcited)
         return Ranges(
             {name: (-_CODES * s, _CODES * s) for name, s in self.scales.items() if s > 0.0},
-            f"TensorRT {version_text(self.version)} {self.algorithm}",
+            self.title,
             model_digest,
             set_digest,
             notes,
@@ -572,7 +578,7 @@ class CacheComparison:
     """Two caches, tensor by tensor.
 
     Attributes:
-        headers: First lines of both, without ``TRT-``.
+        headers: What the two are called; of caches their first lines, without ``TRT-``.
         tensors: What both hold, the largest differences (as a factor) first.
         only_first: What only the first one holds.
         only_second: What only the second one holds.
@@ -631,16 +637,28 @@ class CacheComparison:
 
 def compare_caches(first: CalibrationCache, second: CalibrationCache) -> CacheComparison:
     """Two caches, tensor by tensor."""
-    shared = [
-        ScaleDifference(name, s, second.scales[name]) for name, s in first.scales.items() if name in second.scales
-    ]
+    headers = f"{first.version}-{first.algorithm}", f"{second.version}-{second.algorithm}"
+    return compare_scales(first.scales, second.scales, headers)
+
+
+def compare_scales(
+    first: Mapping[str, float], second: Mapping[str, float], headers: tuple[str, str]
+) -> CacheComparison:
+    """Two sets of scales by tensor name, wherever they come from.
+
+    Args:
+        first: Tensor name to scale (amax / 127).
+        second: The same.
+        headers: What the two are called.
+    """
+    shared = [ScaleDifference(name, s, second[name]) for name, s in first.items() if name in second]
     shared.sort(key=lambda t: -_distance(t.ratio))
     both = [t for t in shared if t.first > 0 and t.second > 0]
     return CacheComparison(
-        (f"{first.version}-{first.algorithm}", f"{second.version}-{second.algorithm}"),
+        headers,
         tuple(shared),
-        tuple(name for name in first.scales if name not in second.scales),
-        tuple(name for name in second.scales if name not in first.scales),
+        tuple(name for name in first if name not in second),
+        tuple(name for name in second if name not in first),
         len(both) > 1
         and any(t.first != t.second for t in both)
         and all(abs(math.log(t.first * t.second)) < 1e-3 for t in both),

@@ -69,7 +69,12 @@ class Bindings:
         return done
 
 
-def _unavailable(reason: str) -> None:
+_missing: dict[int, str] = {}
+
+
+def _unavailable(reason: str, generation: int | None = None) -> None:
+    if generation is not None:
+        _missing[generation] = reason  # the next test does not try again
     if os.environ.get("ZSQ_REQUIRE_TENSORRT_BINDINGS"):
         pytest.fail(f"TensorRT's bindings are required here: {reason}")
     pytest.skip(f"TensorRT's bindings cannot be had: {reason}")
@@ -94,6 +99,8 @@ def bindings(generation: int) -> Bindings:
     tag = f"{sys.implementation.cache_tag}-{platform.machine()}"
     home = _cache() / f"{version}-{tag}"
     home.parent.mkdir(parents=True, exist_ok=True)
+    if generation in _missing:
+        _unavailable(_missing[generation])
     with filelock.FileLock(str(home) + ".lock"):
         if not home.is_dir():
             _make(home, requirements, generation, str(compiler))
@@ -113,9 +120,9 @@ def _make(home: Path, requirements: Path, generation: int, compiler: str) -> Non
                 timeout=300,
             )
         except subprocess.TimeoutExpired:
-            _unavailable("pip did not finish within five minutes")
+            _unavailable("pip did not finish within five minutes", generation)
         if done.returncode != 0:
-            _unavailable(f"pip: {(done.stderr.strip() or 'no message').splitlines()[-1][:300]}")
+            _unavailable(f"pip: {(done.stderr.strip() or 'no message').splitlines()[-1][:300]}", generation)
         (made / "libraries").mkdir()
         for name in _LIBRARIES:
             file = f"lib{name}.so.{generation}"

@@ -26,6 +26,7 @@ from zsq_deploy.backends.tensorrt.cache import (
     write_binding,
     write_cache,
 )
+from zsq_deploy.backends.tensorrt.scale_files import compare_files, is_scale_file, read_scale_file
 from zsq_deploy.errors import CalibrationError, StaleArtifactError, UsageError
 from zsq_deploy.quant.ranges import Ranges
 
@@ -333,3 +334,37 @@ def test_damaged_tables(tmp_path: Path) -> None:
             ort_table.read_table(text)
     with pytest.raises(CalibrationError, match="not usable"):
         ort_table.write_table(tmp_path, {"x": (0.0, math.inf)})
+
+
+# -- files of every kind --
+
+
+def test_files_are_told_apart_by_what_they_hold_and_compared(tmp_path: Path) -> None:
+    ranges = Ranges({"a": (-3.0, 1.0), "b": (0.0, 2.0)}, "minmax", "network", "images")
+    cache, other = tmp_path / "any.name", tmp_path / "ranges.json"
+    write_cache(cache, CalibrationCache.from_ranges(ranges, version="8.6.2"), BOUND)
+    ranges.save(other)
+    ort_table.write_table(tmp_path, ranges)
+    files = [cache, other, *(tmp_path / name for name in ort_table.FILES[:2])]
+    titles = [read_scale_file(file).title for file in files]
+    assert titles == [
+        "TensorRT 8.6.2 EntropyCalibration2",
+        "ranges (minmax)",
+        "ONNX Runtime calibration table",
+        "ONNX Runtime calibration table",
+    ]
+    assert [is_scale_file(file) for file in files] == [True, False, True, False]
+    for first in files:
+        for second in files:
+            assert compare_files(first, second).equal
+        json.dumps(read_scale_file(first).describe(), allow_nan=False)
+    assert read_scale_file(cache).describe()["belongs_to"]["model_digest"] == "network"
+    zeros = tmp_path / "zeros"
+    zeros.write_text(HEAD + "a: 0\nc: 3c010204\n", encoding="utf-8")
+    found = compare_files(zeros, other)
+    assert (found.only_first, found.only_second) == (("c",), ("b",))
+    with pytest.raises(CalibrationError, match="neither a calibration cache"):
+        read_scale_file(tmp_path / ort_table.FILES[2])
+    with pytest.raises(CalibrationError, match="no such file"):
+        read_scale_file(tmp_path / "none")
+    assert not is_scale_file(tmp_path / "none")
