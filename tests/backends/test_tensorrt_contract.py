@@ -11,63 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .tensorrt_bindings import GENERATIONS, bindings
-
-SETUP = """
-import numpy as np
-from pathlib import Path
-from zsq_deploy.calib import CalibrationManifest, CalibrationSet
-from zsq_deploy.backends.tensorrt import calibrators, cache
-from zsq_deploy.errors import ZsqError
-
-class Host:
-    '''Plain memory in the place of the GPU's.'''
-    def __init__(self):
-        self.held, self.freed = {}, 0
-    def upload(self, name, array):
-        self.held[name] = np.ascontiguousarray(array)
-        return self.held[name].ctypes.data
-    def free(self):
-        self.freed += 1
-
-rng = np.random.default_rng(0)
-arrays = {"image": rng.normal(size=(12, 3, 4, 4)).astype(np.float32), "mask": rng.normal(size=(12, 5)).astype(np.float32)}
-images = CalibrationSet.from_arrays(arrays, CalibrationManifest(method="gaussian"))
-"""
-
-VIRTUAL = (
-    SETUP
-    + """
-import ctypes as C
-
-class Virtual:
-    '''A calibrator as TensorRT sees it: a pointer to a C++ object with a table of virtual functions.'''
-    def __init__(self, calibrator):
-        self.calibrator = calibrator
-        # CPython object header, then the first word of pybind11's instance: the C++ pointer
-        self.pointer = C.c_void_p.from_address(id(calibrator) + 2 * C.sizeof(C.c_void_p)).value
-        self.table = C.c_void_p.from_address(self.pointer).value
-    def call(self, slot, result, *typed):
-        # slots: 0 language, 1 interface, 2 and 3 destructors, then as NvInfer.h declares them
-        function = C.PYFUNCTYPE(result, C.c_void_p, *(kind for kind, _ in typed))
-        return function(C.c_void_p.from_address(self.table + 8 * slot).value)(self.pointer, *(value for _, value in typed))
-    def batch_size(self):
-        return self.call(4, C.c_int)
-    def batch(self, *names):
-        found = (C.c_void_p * len(names))()
-        wanted = (C.c_char_p * len(names))(*(name.encode() for name in names))
-        more = self.call(5, C.c_bool, (C.c_void_p, found), (C.c_void_p, wanted), (C.c_int, len(names)))
-        return list(found) if more else None
-    def read(self):
-        length = C.c_size_t()
-        at = self.call(6, C.c_void_p, (C.c_void_p, C.addressof(length)))
-        return C.string_at(at, length.value) if at else None
-    def write(self, data):
-        self.call(7, None, (C.c_char_p, data), (C.c_size_t, len(data)))
-    def algorithm(self):
-        return self.call(8, C.c_int)
-"""
-)
+from .tensorrt_bindings import GENERATIONS, SETUP, VIRTUAL, bindings
 
 ABI = pytest.mark.skipif(platform.machine() != "x86_64", reason="calls through a table of virtual functions of x86-64")
 
