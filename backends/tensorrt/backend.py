@@ -14,6 +14,7 @@ from zsq_deploy.backends.tensorrt.lint import Finding, lint
 from zsq_deploy.backends.tensorrt.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
 from zsq_deploy.backends.tensorrt.quantizer import build, candidates, choose
 from zsq_deploy.backends.tensorrt.runner import (
+    check_runs,
     device_facts,
     float_modes,
     integer_reference,
@@ -32,6 +33,7 @@ __all__ = [
     "build",
     "candidates",
     "check_options",
+    "check_runs",
     "choose",
     "describe_fusion",
     "device_facts",

@@ -172,7 +172,7 @@ def write_bundle(
         with atomic_writer(folder / "samples.npz") as stream:
             np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
         files.append("samples.npz")
-    words = _words(folder, graph, network.name, target, mode, float_network, cache, "samples.npz" in files, notes)
+    words = _words(graph, network.name, target, mode, float_network, cache, "samples.npz" in files, notes)
     for name in _SCRIPTS:
         text = resources.files("zsq_deploy.backends.tensorrt").joinpath(f"{name}.txt").read_text(encoding="utf-8")
         for key, value in words.items():
@@ -205,7 +205,6 @@ def _shell(flags: Sequence[str]) -> str:
 
 
 def _words(
-    folder: Path,
     graph: Graph,
     network: str,
     target: Target,
@@ -250,7 +249,6 @@ def _words(
         "BUILD_SHAPES": f"--minShapes={one} --optShapes={many} --maxShapes={many}" if dynamic else "",
         "TIME_SHAPES": f"--shapes={many}" if dynamic else "",
         "SHAPES_JSON": json.dumps({spec.name: [size or 0 for size in spec.shape] for spec in graph.inputs}),
-        "FOLDER": folder.name,
         "LAST_COMMAND": command,
         "LAST_WORDS": about,
         "NOTES": "\n".join(f"* {note}" for note in (*target.notes, *notes)),

@@ -14,7 +14,16 @@ from zsq_deploy.backends.base import Target
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import EngineError
 
-__all__ = ["device_facts", "float_modes", "installed", "integer_reference", "missing_features", "open_runner", "runner"]
+__all__ = [
+    "check_runs",
+    "device_facts",
+    "float_modes",
+    "installed",
+    "integer_reference",
+    "missing_features",
+    "open_runner",
+    "runner",
+]
 
 _PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
 
@@ -27,6 +36,19 @@ def installed() -> str:
         except metadata.PackageNotFoundError:
             continue
     return ""
+
+
+def check_runs(target: Target) -> NoReturn:
+    """Refuse to verify engines for a target here, before anything is made.
+
+    Raises:
+        EngineError: Always, with what to do instead.
+    """
+    raise EngineError(
+        f"engines for {target.name} are built, run and measured on the device, not by this program",
+        where="--target",
+        remedy=f"make the folder for the device with zsq quantize --target {target.name}, and follow its README.md there",
+    )
 
 
 def runner(path: Path, target: Target, *, threads: int = 1, mode: Any = "engine") -> NoReturn:

@@ -285,6 +285,17 @@ def test_running_is_refused_with_what_to_do(tmp_path: Path):
     assert backend.device_facts(TARGETS[11])["wanted"] == "TensorRT 11"
 
 
+def test_zsq_deploy_is_refused_before_anything_is_made(tmp_path: Path, float_network: Path):
+    from zsq_deploy.pipeline import deploy
+    from zsq_deploy.recipe import Recipe
+
+    recipe = Recipe.model_validate({"model": {"source": str(float_network)}, "targets": ["tensorrt-10"]})
+    with pytest.raises(EngineError, match="on the device") as caught:
+        deploy(recipe, tmp_path / "out")
+    assert "zsq quantize --target tensorrt-10" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_targets_and_what_they_refuse():
     assert [name for name in target_names() if name.startswith("tensorrt-")] == [f"tensorrt-{n}" for n in TARGETS]
     for target in TARGETS.values():

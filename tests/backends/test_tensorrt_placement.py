@@ -134,6 +134,22 @@ def test_tensorrt_8_gets_float_weights_with_the_same_numbers():
     assert np.array_equal(outputs(eight.graph, x)["logits"], outputs(ten.graph, x)["logits"])
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_reference_is_what_onnx_runtime_computes(name):
+    """With settled scales codes do not depend on who rounds them: float32 differs in its last bits only."""
+    ort = pytest.importorskip("onnxruntime")
+    result = placed(name, exact_scales=True)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(result.graph.editable().SerializeToString(), options)
+    x = images(network(name), seed=9)
+    for key, value in outputs(result.graph, x).items():
+        found = session.run([key], {"image": x})[0]
+        if not result.inexact:
+            np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+        assert sqnr_db(found, value) > 60.0
+
+
 def test_exclusions_and_operator_types_are_kept():
     result = placed("residual", exclude=("n_left",))
     assert "n_left" not in result.nodes
