@@ -291,7 +291,7 @@ def make_calibrator(
 
     Returns:
         An instance of a subclass of NVIDIA's class that offers what :class:`Calibrator` says. TensorRT does not keep it alive: hold
-        it until the engine is built.
+        it until the engine is built. It may serve several builds, one after the other.
 
     Raises:
         EngineError: This TensorRT has no calibrators.
@@ -405,6 +405,8 @@ def _subclass(base: Any, trt: Any, *, legacy: bool) -> Any:
                 return None
 
         def read_calibration_cache(self) -> bytes | None:
+            # TensorRT asks for the cache at the beginning of every calibration: a second build reads the images again.
+            self._batches, self.batches_read, self.cache_used = None, 0, False
             try:
                 if self._cache is None or not self._cache.is_file():
                     return None

@@ -89,6 +89,7 @@ for algorithm in calibrators.CLASSES:
     assert virtual.batch("mask", "image") is None and virtual.batch("mask", "image") is None
     made.check()
     assert made.batches_read == 2 and memory.freed
+    assert virtual.read() is None and virtual.batch("mask", "image") is not None and made.batches_read == 1  # the next build
     assert made.notes == ["2 of 12 images did not fill a batch of 5 and were left out"]
     if algorithm == "legacy":
         assert virtual.call(9, C.c_double) == 0.9999 and virtual.call(10, C.c_double) == 1.0
