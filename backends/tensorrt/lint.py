@@ -118,8 +118,8 @@ def _types(rounded: Rounded, target: Target) -> Iterator[Finding]:
                 node,
                 "unsigned",
                 f"{tensor.name!r} is uint8, and TensorRT's 8-bit type is signed",
-                "write int8 with zero point 0 (quantize_static: activation_type and weight_type QuantType.QInt8); without a zero point "
-                "QuantizeLinear means uint8",
+                "write int8 with zero point 0 (quantize_static: activation_type and weight_type QuantType.QInt8; NNCF refuses signed "
+                "activations for all of its devices: quantize with zsq instead); without a zero point QuantizeLinear means uint8",
                 "error",
             )
         elif tensor.dtype == "int4":

@@ -43,9 +43,14 @@ class Rounded:
         return self._by_output.get(value)
 
     def behind(self, value: str) -> QuantizedTensor | None:
-        """The rounded tensor that a value is, or is moved from."""
+        """The rounded tensor that a value is, or is moved from; of a concatenation with one scale the first."""
         while value not in self._by_output:
             maker = self.graph.producer(value)
+            if maker is not None and maker.op_type == "Concat" and maker.domain in ("", "ai.onnx"):
+                parts = [self.behind(name) for name in maker.input]
+                known = [part for part in parts if part is not None and part.scale.size == 1]
+                same = len(known) == len(parts) and len({float(part.scale) for part in known}) == 1
+                return known[0] if same else None
             if maker is None or not moves(maker):
                 return None
             value = maker.input[0]

@@ -294,3 +294,28 @@ def test_graphs_of_quantize_static(tmp_path: Path, symmetric: bool):
         assert {"inside-fusion", "rounded-branch", "output-quantized"} & rules(found)
     else:
         assert {"zero-point", "quantized-bias"} <= rules(found)
+
+
+def test_rounding_in_front_of_a_concatenation_is_enough():
+    """As NNCF does it: what reads the concatenation needs no pair of its own."""
+    net = clean("concat")
+    find(net, "n_last").input[0] = "max"
+    net.touch()
+    net.sweep()
+    assert lint(Graph(net.proto()), TEN) == []
+
+
+@pytest.mark.slow
+def test_graphs_of_nncf():
+    nncf = pytest.importorskip("nncf")
+    model = network("residual")
+    x = images(model)
+    made = nncf.quantize(
+        model.folded().graph.editable(),
+        nncf.Dataset([{"image": x[place : place + 1]} for place in range(len(x))]),
+        preset=nncf.QuantizationPreset.PERFORMANCE,
+    )
+    found = lint(Graph(made), TEN)
+    # Its unsigned activations cannot be helped, and it rounds the convolution's side of the sum.
+    assert rules(found) == {"unsigned", "rounded-branch"}
+    assert all(item.node in {node.name for node in made.graph.node} for item in found)
