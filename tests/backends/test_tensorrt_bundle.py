@@ -25,6 +25,7 @@ from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant import Ranges
 
+from .tensorrt_bindings import bindings
 from .tensorrt_networks import images, network, outputs, ranges_of
 
 TARGETS = {number: get_target(f"tensorrt-{number}") for number in (8, 10, 11)}
@@ -191,6 +192,45 @@ def test_the_python_script_says_what_is_missing(tmp_path: Path, float_network: P
     assert "TensorRT for Python is missing (libnvinfer.so.10)" in done.stderr
     done = subprocess.run([sys.executable, str(folder / "engine.py")], capture_output=True, text=True, check=False)
     assert (done.returncode, "usage" in done.stderr) == (2, True)
+
+
+_OF_OTHER_GENERATIONS = {10: {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH"}, 11: {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH", "BuilderFlag.INT8"}}  # fmt: skip
+"""Names in the Python script that stand behind a question about the generation."""
+
+_METHODS = {
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "OnnxParser": "parse_from_file num_errors get_error",
+    "IBuilderConfig": "profiling_verbosity set_flag add_optimization_profile",
+    "IOptimizationProfile": "set_shape",
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "num_layers num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype create_execution_context "
+    "create_engine_inspector",
+    "IExecutionContext": "set_input_shape set_tensor_address get_tensor_shape execute_async_v3",
+    "EngineInspector": "get_engine_information",
+}
+
+
+@pytest.mark.parametrize("number", [10, 11])
+def test_the_python_script_speaks_the_language_of_nvidias_bindings(tmp_path: Path, float_network: Path, number):
+    made = write_bundle(tmp_path / "out", float_network, TARGETS[number])
+    text = (made.folder / "engine.py").read_text()
+    names = set(re.findall(r"\btrt\.([A-Za-z]\w+(?:\.[A-Z]\w*)?)", text)) - _OF_OTHER_GENERATIONS[number]
+    assert len(names) > 10
+    wanted = sorted(names | {f"{kind}.{name}" for kind, words in _METHODS.items() for name in words.split()})
+    for words in _METHODS.values():
+        assert all(f".{name}" in text for name in words.split())
+    real = bindings(number)
+    code = (
+        "import functools\n"
+        "for name in sys.argv[1:]:\n"
+        "    functools.reduce(getattr, name.split('.'), trt)\n"
+    )  # fmt: skip
+    real.run(code, *wanted)
+    # The stand-ins of its libraries have no builder, as a machine without a GPU has none.
+    start = "import runpy\nsys.argv[:] = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    done = real.run(start, str(made.folder / "engine.py"), "build", check=False)
+    assert done.returncode == 2, done.stderr
+    assert "found no GPU" in done.stderr
 
 
 def test_names_that_a_script_cannot_hold_are_refused(tmp_path: Path, float_network: Path):
