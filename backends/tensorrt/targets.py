@@ -21,8 +21,9 @@ ACTIVATION = Scheme(bits=8, signed=True, symmetric=True)
 WEIGHT = Scheme(bits=8, signed=True, symmetric=True, granularity=Granularity.CHANNEL, restricted=True)
 """TensorRT's INT8 weights: -127..127, no zero point."""
 
-NEWEST_OPSET = MappingProxyType({8: 17, 10: 22, 11: 25})
-"""Generation -> newest operator set that its parser reads (8: that of 8.6; older ones of the generation read less)."""
+NEWEST_OPSET = MappingProxyType({8: 17, 10: 24, 11: 24})
+"""Generation -> newest operator set that its parser reads: those of 8.6, 10.15 and 11.2 (`operators.md` of onnx-tensorrt). Older releases of
+a generation read less, so the graphs written here stay at the operator set of the network (13 or later; 21 for 4-bit weights)."""
 
 _GENERATION = "generation"
 _ON_DEVICE = (

@@ -34,7 +34,7 @@ def rounded(result: Placed) -> set[str]:
 
 
 def sqnr_db(value: np.ndarray, wanted: np.ndarray) -> float:
-    return float(10 * np.log10(np.square(wanted).sum() / np.square(value - wanted).sum()))
+    return float(10 * np.log10(np.square(wanted).sum() / max(np.square(value - wanted).sum(), 1e-30)))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
