@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -385,3 +387,33 @@ def test_missing_ranges_are_named():
     graph = b.graph([b.conv("image", 3, 3, bias=True)])
     with pytest.raises(CalibrationError, match="has no range"):
         insert_qdq(graph, {"image": (-1, 1)}, activation=U8, weight=W8)  # the output of the convolution is wanted too
+
+
+def test_rounding_late_and_storing_weights_as_float_changes_no_number() -> None:
+    """Where Q/DQ stands around nodes that move numbers, and how weights are stored, is a matter of the reader's taste."""
+    builder = Builder(3)
+    first = builder.node("Relu", builder.conv("image", 3, 6))
+    moved = builder.node("MaxPool", first, kernel_shape=[2, 2], strides=[2, 2])
+    graph = builder.graph([builder.conv(moved, 6, 4)])
+    x = np.random.default_rng(0).normal(0, 1, (2, 3, 12, 12)).astype(np.float32)
+    ranges = {"image": (-3.0, 3.0), **{node.output[0]: (-4.0, 4.0) for node in graph}}
+    ranges[moved] = (0.0, 2.0)  # a narrower range behind the maximum
+    s8 = Scheme(bits=8, signed=True, symmetric=True)
+    w8 = Scheme(bits=8, signed=True, symmetric=True, granularity=Granularity.CHANNEL, restricted=True)
+    base = PlacementRules(round_outputs="read", always_output=frozenset(), bias="float", drop_activations=False)
+    written = {}
+    for place, store in (("early", "integers"), ("late", "integers"), ("late", "float")):
+        rules = dataclasses.replace(base, place_reads=place, store_weights=store, split_activations=False)
+        written[place, store] = insert_qdq(
+            graph, {**ranges, first: ranges[moved]}, activation=s8, weight=w8, rules=rules
+        )
+    assert written["early", "integers"].producer("maxpool_3").input[0].endswith("DequantizeLinear_Output")
+    assert written["late", "integers"].producer("maxpool_3").input[0] == first
+    weights = [tensor for tensor in read_qdq(written["late", "float"]) if tensor.is_weight]
+    assert len(weights) == 2
+    assert all(tensor.quantize is not None for tensor in weights)
+    found = [
+        Twin(one, device="cpu").run({"image": torch.from_numpy(x)})[graph.outputs[0].name] for one in written.values()
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])

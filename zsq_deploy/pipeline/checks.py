@@ -82,6 +82,20 @@ def check_recipe(recipe: Recipe, model: Model, targets: Sequence[Target], *, ver
         )
 
 
+def check_measurable(targets: Sequence[Target]) -> None:
+    """Refuse targets whose engines this program cannot run, before anything is made of which the end would be missing.
+
+    A runtime that only builds says so with a function ``check_runs(target)`` in its module ``backend``.
+
+    Raises:
+        ZsqError: With what to do instead.
+    """
+    for target in targets:
+        check_runs = getattr(get_backend(target), "check_runs", None)
+        if check_runs is not None:
+            check_runs(target)
+
+
 def _check_quantizers(recipe: Recipe, model: Model, targets: Sequence[Target]) -> None:
     """Refuse what the runtime of a target does not do, and what no target reads."""
     spec = recipe.quantization

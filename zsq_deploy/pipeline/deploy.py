@@ -15,7 +15,7 @@ from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
-from zsq_deploy.pipeline.checks import check_recipe
+from zsq_deploy.pipeline.checks import check_measurable, check_recipe
 from zsq_deploy.pipeline.control import judged_images, validation_data
 from zsq_deploy.pipeline.engines import Built, build_engine, settings_of
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
@@ -179,6 +179,7 @@ def deploy(
     started = time.monotonic()
     targets = [get_target(name) for name in recipe.targets]
     model = load_recipe_model(recipe)
+    check_measurable(targets)
     check_recipe(recipe, model, targets)
     data = evaluation_data(recipe, model)
     for note in model.notes:

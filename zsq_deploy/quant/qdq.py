@@ -83,6 +83,11 @@ class PlacementRules:
         round_outputs: ``always``: what a computed node gives is rounded. ``read``: a value is rounded only if such a node reads it; then
             once, in front of the nodes that move it, and not again behind them or behind a concatenation.
         float_readers: Nodes that compute in float read the value as it was before rounding.
+        place_reads: With ``round_outputs="read"``: round ``early``, in front of the nodes that move numbers, or ``late``, directly in front
+            of the node that computes. Late, a concatenation has its inputs rounded, and its output again where such a node reads it
+            (the same numbers: all of them share one scale).
+        store_weights: ``integers`` behind DequantizeLinear; or ``float`` numbers on the grid behind QuantizeLinear and DequantizeLinear
+            (the same numbers, for readers that take no integer constants).
     """
 
     compute: frozenset[str] = COMPUTE
@@ -100,6 +105,8 @@ class PlacementRules:
     split_activations: bool = True
     round_outputs: Literal["always", "read"] = "always"
     float_readers: bool = False
+    place_reads: Literal["early", "late"] = "early"
+    store_weights: Literal["integers", "float"] = "integers"
 
 
 def weight_axis(node: onnx.NodeProto, rank: int) -> int:
@@ -320,10 +327,15 @@ class _Plan:
                 continue
             inputs = [name for name in self._operands(node) if self._computed(name)]
             spared = self._spared(node, inputs)
-            sources = [self._round(name) for name in inputs if name != spared]
-            if node.op_type == "Concat":
-                for source in sources:
-                    self.groups.join(node.output[0], source)
+            if self.rules.place_reads == "late":
+                for name in inputs:
+                    if name != spared:
+                        self._round_late(name)
+            else:
+                sources = [self._round(name) for name in inputs if name != spared]
+                if node.op_type == "Concat":
+                    for source in sources:
+                        self.groups.join(node.output[0], source)
             out = self.output(node)
             if self.rules.quantize_outputs and out in self._final and self._has_range(out):
                 self.rounded.setdefault(out)
@@ -342,6 +354,25 @@ class _Plan:
         if asked is not None:
             self.schemes[value] = asked
         return value
+
+    def _round_late(self, value: str) -> None:
+        """Round a value where it is read, with one scale for it and for what it is moved or put together from."""
+        self.rounded.setdefault(value)
+        asked, current = self.schemes.get(value), [value]
+        while current:
+            name = current.pop()
+            if asked is not None:
+                self.schemes.setdefault(name, asked)
+            maker = self.graph.producer(name)
+            if maker is not None and maker.op_type == "Concat" and maker.name in self.chosen:
+                sources = [source for source in self._operands(maker) if self._computed(source)]
+            elif maker is not None and self._moves(maker):
+                sources = [maker.input[0]]
+            else:
+                continue
+            for source in sources:
+                self.groups.join(source, name)
+            current.extend(sources)
 
     def _rounds_all(self, value: str) -> bool:
         """Whether all readers of a value want it rounded, directly or behind nodes that move numbers."""
@@ -586,7 +617,13 @@ class _Writer:
 
     def _store(self, name: str, array: Array, parameters: QParams) -> str:
         net, scheme = self.net, parameters.scheme
-        codes = net.add_constant(f"{name}_quantized", parameters.quantize(np.asarray(array, np.float64)))
+        integers = parameters.quantize(np.asarray(array, np.float64))
+        as_float = self.plan.rules.store_weights == "float"
+        stored = (
+            net.add_constant(f"{name}_on_grid", parameters.dequantize(integers))
+            if as_float
+            else net.add_constant(f"{name}_quantized", integers)
+        )
         scale = net.add_constant(f"{name}_scale", parameters.scale)
         zero = net.add_constant(f"{name}_zero_point", parameters.zero_point.astype(storage_dtype(scheme)))
         attrs: dict[str, Any] = {}
@@ -594,6 +631,12 @@ class _Writer:
             attrs["axis"] = parameters.axis % array.ndim
         if scheme.granularity is Granularity.BLOCK:
             attrs["block_size"] = scheme.block
+        codes = stored
+        if as_float:
+            codes = net.fresh(f"{name}_QuantizeLinear_Output")
+            net.nodes.append(
+                net.new_node("QuantizeLinear", [stored, scale, zero], [codes], f"{name}_QuantizeLinear", **attrs)
+            )
         value = net.fresh(f"{name}_DequantizeLinear_Output")
         net.nodes.append(
             net.new_node("DequantizeLinear", [codes, scale, zero], [value], f"{name}_DequantizeLinear", **attrs)
