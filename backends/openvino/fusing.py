@@ -60,6 +60,7 @@ def fuse_residuals(qdq: Graph) -> Graph:
                 and maker is not None
                 and maker.op_type == "Conv"
                 and maker.input[0] != node.input[1 - index]  # the sum is made in place of the other operand
+                and not _projected(qdq, skip)  # then the plugin adds inside the other convolution, asked or not
                 and len(qdq.consumers(node.input[index])) == 1
                 and not qdq.is_output(node.input[index])
             ):
@@ -82,6 +83,13 @@ def fuse_residuals(qdq: Graph) -> Graph:
         node.input[index] = value
     net.touch()
     return Graph(net.proto())
+
+
+def _projected(graph: Graph, tensor: QuantizedTensor) -> bool:
+    """Whether a rounded tensor comes straight from a convolution for this sum alone (a projection shortcut)."""
+    maker = graph.producer(tensor.name)
+    alone = len(graph.consumers(tensor.output)) == 1 and len(graph.consumers(tensor.name)) == 1
+    return alone and maker is not None and maker.op_type == "Conv"
 
 
 def _rounded_output(graph: Graph, add: onnx.NodeProto, behind: Mapping[str, QuantizedTensor]) -> QuantizedTensor | None:

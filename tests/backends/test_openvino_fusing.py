@@ -105,6 +105,25 @@ def test_a_convolution_that_reads_the_other_operand_is_left_alone(tmp_path: Path
     assert fuse_residuals(graph) is graph
 
 
+def test_a_projection_shortcut_is_left_alone_and_the_identity_behind_it_is_not(tmp_path: Path) -> None:
+    """Both operands come from convolutions: the plugin chooses one of the two to add in, and needs no asking."""
+    b = Builder(3)
+    x = b.node("Relu", [b.conv("x", "stem", 3, 16, 3)], "stem_act")
+    y = b.conv(b.node("Relu", [b.conv(x, "first", 16, 16, 3)], "first_act"), "branch", 16, 16, 3)
+    x = b.node("Relu", [b.node("Add", [y, b.conv(x, "short", 16, 16, 1)], "projected")], "projected_act")
+    y = b.conv(b.node("Relu", [b.conv(x, "second", 16, 16, 3)], "second_act"), "branch2", 16, 16, 3)
+    x = b.node("Relu", [b.node("Add", [y, x], "identity")], "identity_act")
+    y = b.conv(x, "last", 16, 8, 1)
+    graph = settled(loaded(b.model(SHAPE, {y: ("n", 8, 16, 16)}), tmp_path))
+    fused = fuse_residuals(graph)
+    assert len([node for node in fused if "_fusing_Q" in node.name]) == 1
+    feeds = {"x": noise((4, 3, 16, 16), 5)}
+    plain, merged = runner_of(graph, tmp_path / "a.xml"), runner_of(fused, tmp_path / "b.xml")
+    assert same_outputs(plain.run(feeds), merged.run(feeds))
+    sums = [record for record in merged.kernels({"x": noise((1, 3, 16, 16))}) if not record.macs]
+    assert not [record.op for record in sums if {"projected_node", "identity_node"} & set(record.sources)]
+
+
 def test_equal_means_every_bit() -> None:
     a = {"y": np.array([1.0, 2.0], np.float32)}
     assert same_outputs(a, {"y": a["y"].copy()})
