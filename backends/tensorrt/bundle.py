@@ -1,5 +1,9 @@
 """A folder to carry to the device: the network, the calibration cache if there is one, and scripts that build, time and compare there.
 
+Beside a Q/DQ graph, the cache serves a second engine, from the float network: for those who compare the two ways, or whose device
+(a DLA) takes no Q/DQ. TensorRT ignores a cache of another version and makes up ranges, without a word, so the shell script writes the
+version of the device's own tool into a copy of the cache first.
+
 The scripts need nothing of this project. One drives ``trtexec``, the tool that comes with TensorRT; the other uses TensorRT's Python API.
 Both are written for one generation of TensorRT, because flags differ: 8 and 10 have to be told of 8 bits where types are weak, 10 is
 told of strong types for a Q/DQ graph, and 11 knows strong types only and refuses the old flags.
@@ -20,17 +24,21 @@ import numpy.typing as npt
 
 from zsq_deploy.artifact import atomic_path, atomic_writer
 from zsq_deploy.backends.base import Target
+from zsq_deploy.backends.tensorrt.ort_table import provider_options
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import EngineError, UsageError
 from zsq_deploy.model.graph import Graph, TensorSpec
 
-__all__ = ["Bundle", "Mode", "trtexec_build_flags", "trtexec_time_flags", "write_bundle"]
+__all__ = ["DEVICE_CACHE", "Bundle", "Mode", "trtexec_build_flags", "trtexec_time_flags", "write_bundle"]
 
 Mode = Literal["explicit", "implicit", "float"]
 """``explicit``: a Q/DQ graph. ``implicit``: the float network and a calibration cache. ``float``: the float network alone."""
 
 _SHAPES = re.compile(r"^[A-Za-z0-9_./:-]+$")
 _SAFE = re.compile(r"^[A-Za-z0-9_.-]+$")
+DEVICE_CACHE = "implicit.cache"
+"""The copy of the cache that the shell script makes on the device, for the TensorRT that it finds there."""
+
 _SCRIPTS = ("trtexec.sh", "engine.py", "README.md")
 
 
@@ -122,6 +130,7 @@ def write_bundle(
     cache: Path | None = None,
     samples: Mapping[str, npt.NDArray[Any]] | None = None,
     expected: Mapping[str, npt.NDArray[Any]] | None = None,
+    more: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Bundle:
     """Write the folder that is carried to the device.
@@ -132,20 +141,22 @@ def write_bundle(
         target: One of the ``tensorrt-...`` targets.
         mode: How the network is quantized.
         float_network: The float network, as the baseline.
-        cache: The calibration cache in TensorRT's text form, with ``implicit``.
+        cache: The calibration cache in TensorRT's text form: with ``implicit`` what the engine is built with; with ``explicit`` for a second
+            engine, from the float network.
         samples: Input name -> a few samples, on which the engine is compared on the device.
         expected: Output name -> what the reference gives for them.
+        more: Files that lie in the folder already and belong to it, by their path in it.
         notes: What a reader should know, one sentence each.
 
     Raises:
         UsageError: Names that a script cannot hold, a mode that the generation does not have, or a cache too many.
         EngineError: A file is missing.
     """
-    if cache is not None and mode != "implicit":
+    if cache is not None and (mode == "float" or (mode == "explicit" and float_network is None)):
         raise UsageError(
-            "a calibration cache goes with the float network, and this is a Q/DQ graph",
+            "a calibration cache goes with the float network, and there is none that it could be used with",
             where=str(cache),
-            remedy="leave the cache out, or make the bundle with mode='implicit'",
+            remedy="leave the cache out, give the float network too, or make the bundle with mode='implicit'",
         )
     for file in (network, float_network, cache):
         if file is not None and not file.is_file():
@@ -166,6 +177,7 @@ def write_bundle(
         )
     folder.mkdir(parents=True, exist_ok=True)
     files = [_copied(file, folder) for file in (network, float_network, cache) if file is not None]
+    files.extend(more)
     if samples is not None and expected is not None:
         arrays = {f"input:{name}": np.asarray(array) for name, array in samples.items()}
         arrays |= {f"output:{name}": np.asarray(array) for name, array in expected.items()}
@@ -173,6 +185,7 @@ def write_bundle(
             np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
         files.append("samples.npz")
     words = _words(graph, network.name, target, mode, float_network, cache, "samples.npz" in files, notes)
+    words["IMPLICIT_TEXT"] = _implicit_text(words, "onnxruntime" in {Path(name).parent.as_posix() for name in more})
     for name in _SCRIPTS:
         text = resources.files("zsq_deploy.backends.tensorrt").joinpath(f"{name}.txt").read_text(encoding="utf-8")
         for key, value in words.items():
@@ -184,6 +197,36 @@ def write_bundle(
         files.append(name)
     (folder / "trtexec.sh").chmod((folder / "trtexec.sh").stat().st_mode | 0o111)
     return Bundle(folder, network.name, mode, tuple(files))
+
+
+def _implicit_text(words: Mapping[str, str], table: bool) -> str:
+    """What the README says of the cache beside a Q/DQ graph, and of the table of ONNX Runtime."""
+    parts = []
+    if words["IMPLICIT_FLAGS"]:
+        parts.append(
+            f"""## The float network with a calibration cache
+
+`bash trtexec.sh implicit` builds `implicit.plan` from `{words["FLOAT"]}` and `{words["CACHE"]}` instead of the Q/DQ graph: the same ranges,
+but TensorRT itself decides which layers compute in 8 bits. The first line of a cache names the version of TensorRT, and any other
+version ignores the file without a word; so the script writes the device's version into a copy (`{DEVICE_CACHE}`) and builds with that.
+In a program of your own, do the same and give the bytes back from `read_calibration_cache` of an `IInt8EntropyCalibrator2`.
+`{words["CACHE"]}.binding.json` says which network and images the cache belongs to. Biases corrected for the Q/DQ graph and layers
+excluded from it are not in a cache."""
+        )
+    if table:
+        parts.append(
+            f"""## ONNX Runtime's TensorRT provider
+
+`onnxruntime/calibration.flatbuffers` holds the same ranges for `{words["FLOAT"]}` in a session with these options:
+
+```python
+options = {json.dumps(provider_options(Path("onnxruntime")), indent=4)}
+onnxruntime.InferenceSession("{words["FLOAT"]}", providers=[("TensorrtExecutionProvider", options), "CUDAExecutionProvider"])
+```
+
+The provider looks for the table in its cache folder only. It takes `{words["NETWORK"]}` as well, without any of these files."""
+        )
+    return "".join(f"{part}\n\n" for part in parts)
 
 
 def _copied(file: Path, folder: Path) -> str:
@@ -223,6 +266,15 @@ def _words(
         else trtexec_build_flags(target, mode, network=network, plan="int8.plan", cache=held, half=True)
     )
     base = float_network.name if float_network is not None else (network if mode == "implicit" else "")
+    second = cache is not None and mode == "explicit" and number < 11
+    implicit, implicit_half = (
+        (
+            trtexec_build_flags(target, "implicit", network=base, plan="implicit.plan", cache=DEVICE_CACHE, half=floats)
+            for floats in (False, True)
+        )
+        if second
+        else ((), ())
+    )
     floating = trtexec_build_flags(target, "float", network=base, plan="float.plan", half=number < 11) if base else ()
     dynamic = any(spec.shape and spec.shape[0] is None for spec in graph.inputs)
     one = ",".join(_shape(spec, "1") for spec in graph.inputs)
@@ -244,6 +296,10 @@ def _words(
         "HALF_FLAGS": _shell(half),
         "HALF_ALLOWED": "yes" if number < 11 else "no",
         "FLOAT_FLAGS": _shell(floating),
+        "IMPLICIT_FLAGS": _shell(implicit),
+        "IMPLICIT_HALF_FLAGS": _shell(implicit_half),
+        "IMPLICIT_TIME_FLAGS": _shell(trtexec_time_flags(target, plan="implicit.plan")),
+        "DEVICE_CACHE": DEVICE_CACHE,
         "TIME_FLAGS": _shell(trtexec_time_flags(target, plan="int8.plan")),
         "FLOAT_TIME_FLAGS": _shell(trtexec_time_flags(target, plan="float.plan")),
         "BUILD_SHAPES": f"--minShapes={one} --optShapes={many} --maxShapes={many}" if dynamic else "",

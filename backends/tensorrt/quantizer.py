@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.measured import Choice, Measured, quality
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.backends.tensorrt.bundle import write_bundle
+from zsq_deploy.backends.tensorrt.cache import CacheBinding, CalibrationCache, binding_path, write_cache
 from zsq_deploy.backends.tensorrt.fusion import describe_fusion, expect_fusion
 from zsq_deploy.backends.tensorrt.lint import lint
 from zsq_deploy.backends.tensorrt.options import BuildOptions
+from zsq_deploy.backends.tensorrt.ort_table import FILES, write_table
 from zsq_deploy.backends.tensorrt.placement import Placed, place_int4, place_qdq
+from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.model.twin import Twin
@@ -40,6 +44,12 @@ _BIAS_IMAGES = 64
 _JUDGE_IMAGES = 16
 _SAMPLES = 8
 """Samples in the folder, on which the engine is compared on the device."""
+
+CACHE_VERSION = MappingProxyType({8: "8.6.2", 10: "10.3.0"})
+"""Generation -> version that the cache is written for: those of JetPack 6.0, and of 6.1 and 6.2. For any other the first line is rewritten."""
+
+TABLE_FOLDER = "onnxruntime"
+"""Folder of ONNX Runtime's table, whose third file is called ``calibration.cache`` too."""
 
 _TOLERANCE_DB = 0.3
 """How much SQNR a bias correction may cost before it is rejected: less is noise."""
@@ -61,8 +71,9 @@ def build(
         model: The :class:`~zsq_deploy.model.Model`.
         ranges: A :class:`~zsq_deploy.quant.Ranges` of ``model.folded().graph``; not read with ``w4a32``.
         target: One of the ``tensorrt-...`` targets.
-        folder: Where the files go: ``qdq.onnx``, ``float.onnx``, ``manifest.json``, ``trtexec.sh``, ``engine.py``, ``README.md`` and, with
-            a calibration set, ``samples.npz``.
+        folder: Where the files go: ``qdq.onnx``, ``float.onnx``, ``manifest.json``, ``trtexec.sh``, ``engine.py``, ``README.md``, with
+            a calibration set ``samples.npz``, and for TensorRT 8 and 10 the same ranges as a calibration cache with its binding and as
+            a table of ONNX Runtime.
         options: What to quantize and how.
         calibration: The calibration set: biases are corrected on it, and a few of its images are the samples.
         progress: Watches.
@@ -111,6 +122,10 @@ def build(
         float_path, path = folder / "float.onnx", folder / "qdq.onnx"
         _write(folded, float_path, target)
         _write(placed.graph, path, target)
+        cache, more = (None, ())
+        if isinstance(ranges, Mapping) and generation(target) < 11 and not options.weight_only:
+            cache, more, said_of_cache = _implicit(folder, folded, ranges, target, calibration)
+            notes.extend(said_of_cache)
         task.advance(step="written")
         samples = expected = None
         if calibration is not None:
@@ -121,7 +136,15 @@ def build(
         groups = expect_fusion(placed.graph)
         summary = describe_fusion(groups).splitlines()[-1]
         bundle = write_bundle(
-            folder, path, target, float_network=float_path, samples=samples, expected=expected, notes=(summary,)
+            folder,
+            path,
+            target,
+            float_network=float_path,
+            cache=cache,
+            samples=samples,
+            expected=expected,
+            more=more,
+            notes=(summary,),
         )
         choices = {
             **options.describe(),
@@ -224,6 +247,30 @@ def _correct(
     if after < before - _TOLERANCE_DB:
         return placed, options, f"{words}: rejected"
     return second, changed, words
+
+
+def _implicit(
+    folder: Path, folded: Graph, ranges: Mapping[str, tuple[float, float]], target: Target, calibration: Any
+) -> tuple[Path | None, tuple[str, ...], tuple[str, ...]]:
+    """Write the ranges for those who give TensorRT the float network: its own cache, and the table of ONNX Runtime's provider.
+
+    Returns:
+        The cache (``None``: no tensor has a range), the other files by their path in the folder, and what to say.
+    """
+    known = {name for node in folded for name in node.output} | {spec.name for spec in folded.inputs}
+    # Names with a line break do not fit in a cache; no exporter writes them.
+    names = [name for name in ranges if name in known and not {"\n", "\r"} & set(name)]
+    cache = CalibrationCache.from_ranges(ranges, version=CACHE_VERSION[generation(target)], names=names)
+    if not len(cache):
+        return None, (), ("no calibration cache was written: no activation has a range",)
+    path = folder / "calibration.cache"
+    digest = str(getattr(ranges, "set_digest", "") or getattr(calibration, "digest", "") or "")
+    method = str(getattr(ranges, "method", "") or "ranges")
+    write_cache(path, cache, CacheBinding(folded.digest, digest, method))
+    write_table(folder / TABLE_FOLDER, {name: ranges[name] for name in names})
+    left = cache.left_out
+    said = (f"zero on every image, so without a scale in the calibration cache: {', '.join(left[:5])}",) if left else ()
+    return path, (binding_path(path).name, *(f"{TABLE_FOLDER}/{name}" for name in FILES)), said
 
 
 def _quality(model: Any, graph: Graph, batches: Iterable[Feeds]) -> tuple[float, float]:

@@ -18,9 +18,12 @@ import pytest
 
 from zsq_deploy.backends import BuildSettings, get_backend, get_target, target_names
 from zsq_deploy.backends.tensorrt.bundle import trtexec_build_flags, trtexec_time_flags, write_bundle
+from zsq_deploy.backends.tensorrt.cache import check_binding, read_cache
 from zsq_deploy.backends.tensorrt.options import BuildOptions, options_from
-from zsq_deploy.backends.tensorrt.quantizer import build, choose
+from zsq_deploy.backends.tensorrt.ort_table import read_table
+from zsq_deploy.backends.tensorrt.quantizer import CACHE_VERSION, _implicit, build, choose
 from zsq_deploy.backends.tensorrt.runner import missing_features
+from zsq_deploy.backends.tensorrt.scale_files import compare_files
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant import Ranges
@@ -288,11 +291,70 @@ def test_a_build_writes_the_folder(tmp_path: Path, number):
     assert np.array_equal(found["output:logits"], outputs(Graph.load(engine.path), x[:8])["logits"])
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert manifest["target"] == f"tensorrt-{number}"
-    assert set(manifest["bundle"]) <= {path.name for path in (tmp_path / "a").iterdir()}
+    held = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert set(manifest["bundle"]) == held - {"manifest.json"}
+    assert ("calibration.cache" in held) == (number < 11)
     assert manifest["choices"]["findings"] == []
     assert any("biases corrected" in note for note in manifest["choices"]["notes"])
     assert manifest["choices"]["notes"][-1].startswith("expected: 4 kernels, 4 of them in 8 bits")
     assert "python3 engine.py compare" in (tmp_path / "a" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "digits"), [(8, "8502"), (10, "101303")])
+def test_the_ranges_also_serve_the_float_network(tmp_path: Path, number, digits):
+    model = network("residual")
+    found = ranges_of(model)
+    dead = next(name for name in found if name != "image")
+    ranges = Ranges({**found, dead: (0.0, 0.0), "nowhere": (0.0, 1.0)}, "minmax", set_digest="d" * 64)
+    x = images(model, 8)
+    folder = build(model, ranges, TARGETS[number], tmp_path / "out", calibration=Images(x)).path.parent
+    # TensorRT's own cache, with what it belongs to
+    network_digest = Graph.load(folder / "float.onnx").digest
+    binding = check_binding(folder / "calibration.cache", model_digest=network_digest, set_digest="d" * 64)
+    assert (binding.method, binding.source) == ("minmax", "zsq")
+    cache = read_cache(folder / "calibration.cache")
+    cache.check_reader(CACHE_VERSION[number], "EntropyCalibration2")
+    assert cache.check_names(found) == [dead]
+    for name in set(found) - {dead}:
+        low, high = found[name]
+        assert cache.scales[name] == np.float32(max(-low, high) / 127)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert any(dead in note and "without a scale" in note for note in manifest["choices"]["notes"])
+    # ONNX Runtime's table holds the same
+    table = read_table(folder / "onnxruntime" / "calibration.flatbuffers")
+    assert set(table) == set(cache.scales)
+    assert compare_files(folder / "onnxruntime" / "calibration.flatbuffers", folder / "calibration.cache").equal
+    # The script writes the version of the device's TensorRT into a copy: any other is ignored without a word.
+    tool = fake_trtexec(tmp_path, digits)
+    done = run(folder, "implicit", TRTEXEC=str(tool))
+    assert done.returncode == 0, done.stderr
+    called = (tmp_path / "called.txt").read_text().split("\n")
+    assert {"--onnx=float.onnx", "--saveEngine=implicit.plan", "--int8", "--calib=implicit.cache"} <= set(called)
+    assert "--fp16" not in called
+    assert "--stronglyTyped" not in called
+    copied = read_cache(folder / "implicit.cache")
+    assert (copied.version, copied.scales) == (int(digits), cache.scales)
+    assert run(folder, "implicit", TRTEXEC=str(tool), HALF="1").returncode == 0
+    assert "--fp16" in (tmp_path / "called.txt").read_text().split("\n")
+    (folder / "implicit.plan").touch()
+    assert run(folder, "time", TRTEXEC=str(tool)).returncode == 0
+    silent = run(folder, "implicit", TRTEXEC=str(fake_trtexec(tmp_path, "")))
+    assert (silent.returncode, "version is needed" in silent.stderr) == (1, True)
+    readme = (folder / "README.md").read_text()
+    assert "bash trtexec.sh implicit" in readme
+    assert "onnxruntime/calibration.flatbuffers" in readme
+    assert '"trt_engine_cache_path": "onnxruntime"' in readme
+
+
+def test_a_folder_without_a_cache_has_no_second_way(tmp_path: Path):
+    model = network("residual")
+    folder = build(model, Ranges(ranges_of(model), "minmax"), TARGETS[11], tmp_path / "11").path.parent
+    done = run(folder, "implicit", TRTEXEC=str(fake_trtexec(tmp_path, "110401")))
+    assert (done.returncode, "no second way" in done.stderr) == (2, True)
+    assert "calibration.cache" not in (folder / "README.md").read_text()
+    nothing = Ranges(dict.fromkeys(ranges_of(model), (0.0, 0.0)), "minmax")
+    assert _implicit(tmp_path, model.folded().graph, nothing, TARGETS[10], None)[0] is None
+    assert not (tmp_path / "calibration.cache").exists()
 
 
 def test_four_bit_weights_are_built(tmp_path: Path):

@@ -335,29 +335,38 @@ def report(
     return 0
 
 
-@app.command(short_help="Show what a network, engine, set or folder holds.")
+@app.command(short_help="Show what a network, engine, set, folder or cache holds.")
 def inspect(
     thing: Annotated[
         str,
         typer.Argument(
-            metavar="THING", help="A network (as for deploy), an engine, a calibration set, or an output folder."
+            metavar="THING",
+            help="A network (as for deploy), an engine, a calibration set, an output folder, or a calibration cache or table.",
         ),
     ],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="FILE", help="Compare a calibration cache, table or ranges with this one."),
+    ] = None,
     path: o.PathOpt = None,
     weights: o.WeightsOpt = None,
     input_shape: o.ShapeOpt = None,
     nodes: Annotated[bool, typer.Option("--nodes", help="List every node (names for --exclude).")] = False,
     as_json: o.JsonOpt = False,
 ) -> int:
-    """Show what a network, engine, calibration set or output folder holds.
+    """Show what a network, engine, calibration set, output folder, calibration cache or table holds.
 
     \b
     zsq inspect net.onnx --nodes        all nodes, with the names that --exclude takes
     zsq inspect out                     engines, sets and report of an output folder
+    zsq inspect a.cache --against b.cache   two calibration caches, tensor by tensor
     """
-    from zsq_deploy.cli.inspecting import describe_thing, print_description
+    from zsq_deploy.cli.inspecting import compare_things, describe_thing, print_description
 
-    found = describe_thing(thing, path=path, weights=weights, input_shape=input_shape, nodes=nodes)
+    if against is not None:
+        found = compare_things(Path(thing), against)
+    else:
+        found = describe_thing(thing, path=path, weights=weights, input_shape=input_shape, nodes=nodes)
     if as_json:
         print_json(found)
     else:

@@ -1,4 +1,7 @@
-"""What `zsq inspect` and `zsq lint` look at."""
+"""What `zsq inspect` and `zsq lint` look at.
+
+Files that one runtime only knows are asked about in its folder under ``backends/``, without its library.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from zsq_deploy.cli.words import recipe_from
 from zsq_deploy.errors import ModelError, UsageError
 from zsq_deploy.model import Graph
 
-__all__ = ["default_target", "describe_thing", "lint_file", "print_description"]
+__all__ = ["compare_things", "default_target", "describe_thing", "lint_file", "print_description"]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 _ENGINES = ("engine.onnx", "engine.xml")
@@ -50,12 +53,16 @@ def describe_thing(
             return _describe_output(place)
         if (place / "calibration" / "manifest.json").is_file():
             place = place / "calibration"
-        engine = next((place / name for name in _ENGINES if (place / name).is_file()), None)
+        engine = next((place / name for name in _ENGINES if (place / name).is_file()), None) or _stated_engine(place)
         if engine is None or not (place / "manifest.json").is_file():
             return _describe_set(place)
         place = engine
     if place.suffix == ".xml":
         return _describe_ir(place, nodes)
+    if place.is_file() and _holds_scales(place):
+        from zsq_deploy.backends.tensorrt.scale_files import read_scale_file
+
+        return read_scale_file(place).describe()
     graph = _read_graph(place) if place.suffix == ".onnx" else None
     if graph is not None and any(node.op_type in _QDQ for node in graph):
         from zsq_deploy.backends.onnxruntime.summary import summarize
@@ -63,6 +70,32 @@ def describe_thing(
         found = {"kind": "quantized graph", "file": str(place), **summarize(place)}
         return {**found, **({"nodes": _nodes(graph)} if nodes else {})}
     return _describe_network(thing, path, weights, input_shape, nodes)
+
+
+def _stated_engine(folder: Path) -> Path | None:
+    """The engine that a folder's manifest names, where its name says nothing (TensorRT's is the Q/DQ graph)."""
+    file = folder / "manifest.json"
+    held = read_json(file) if file.is_file() else {}
+    name = held.get("engine", {}).get("file") if isinstance(held, dict) else None
+    return folder / name if isinstance(name, str) and (folder / name).is_file() else None
+
+
+def _holds_scales(file: Path) -> bool:
+    """Whether a file holds one scale a tensor: a cache of TensorRT, a table of ONNX Runtime, or ranges."""
+    from zsq_deploy.backends.tensorrt.scale_files import is_scale_file
+
+    return file.suffix == ".json" or is_scale_file(file)
+
+
+def compare_things(first: Path, second: Path) -> dict[str, Any]:
+    """Two files with one scale a tensor, the largest differences first, as JSON values.
+
+    Raises:
+        CalibrationError: One of them is no calibration cache, no table of ONNX Runtime and no ranges.
+    """
+    from zsq_deploy.backends.tensorrt.scale_files import compare_files
+
+    return {"kind": "comparison", "files": [str(first), str(second)], **compare_files(first, second).to_json()}
 
 
 def _describe_ir(file: Path, nodes: bool) -> dict[str, Any]:
@@ -151,9 +184,9 @@ def print_description(found: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, title=found.get("kind"), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    nodes = found.get("nodes")
+    nodes, tensors = found.get("nodes"), found.get("tensors")
     for name, value in found.items():
-        if name == "kind" or (name == "nodes" and isinstance(nodes, list)):
+        if name == "kind" or (name in ("nodes", "tensors") and isinstance(value, list)):
             continue
         if isinstance(value, dict):
             value = "\n".join(f"{key}: {item}" for key, item in value.items())
@@ -161,6 +194,9 @@ def print_description(found: dict[str, Any], console: Console) -> None:
             value = "\n".join(str(item) for item in value)
         table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     console.print(table, markup=False)
+    if isinstance(tensors, list):
+        differing = [row for row in tensors if row.get("ratio") != 1.0]  # of a comparison; else all of them
+        _print_rows(differing, "tensors" if len(differing) == len(tensors) else "tensors that differ", console)
     if isinstance(nodes, list):
         listing = Table(title="nodes", title_justify="left")
         listing.add_column("name", overflow="fold")
@@ -169,6 +205,16 @@ def print_description(found: dict[str, Any], console: Console) -> None:
         for node in nodes:
             listing.add_row(node["name"], node["op"], ", ".join(node["outputs"]))
         console.print(listing, markup=False)
+
+
+def _print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    """Draw records of the same fields, names to the left and numbers to the right."""
+    listing = Table(title=title, title_justify="left")
+    for key in rows[0] if rows else ():
+        listing.add_column(key, overflow="fold", justify="left" if key == "name" else "right")
+    for row in rows:
+        listing.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(listing, markup=False)
 
 
 def default_target(file: Path) -> str:
