@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready  ## Train, quantize, verify and report the embedded example (under 3 minutes on 2 cores)
-	OMP_NUM_THREADS= $(BIN)/zsq demo -o demo-out --force
+	env -u OMP_NUM_THREADS $(BIN)/zsq demo -o demo-out --force
 
 test: $(VENV)/.ready  ## Run the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
