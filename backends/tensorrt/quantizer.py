@@ -122,7 +122,8 @@ def build(
         float_path, path = folder / "float.onnx", folder / "qdq.onnx"
         _write(folded, float_path, target)
         _write(placed.graph, path, target)
-        cache, more = (None, ())
+        cache: Path | None = None
+        more: tuple[str, ...] = ()
         if isinstance(ranges, Mapping) and generation(target) < 11 and not options.weight_only:
             cache, more, said_of_cache = _implicit(folder, folded, ranges, target, calibration)
             notes.extend(said_of_cache)
