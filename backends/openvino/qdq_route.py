@@ -27,7 +27,7 @@ from zsq_deploy.backends.base import Target
 from zsq_deploy.backends.openvino.design import Design
 from zsq_deploy.backends.openvino.options import BuildOptions
 from zsq_deploy.errors import EngineError, UsageError
-from zsq_deploy.model.editing import Net
+from zsq_deploy.model.constants import own_constants, replace_constants
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import apply_biases
@@ -85,7 +85,9 @@ def design_qdq(
         EngineError: Nothing can be quantized.
     """
     with progress.task("place Q/DQ", 2) as task:
-        graph = _own_constants(_replaced(apply_biases(model.folded().graph, options.biases), options.weights))
+        graph = own_constants(
+            replace_constants(apply_biases(model.folded().graph, options.biases), options.weights), MAC_OPS
+        )
         plan = plan_qdq(graph, ranges, target.activation, op_types=options.op_types, exclude=options.exclude)
         task.advance(step="placed")
         chosen = set(plan.nodes)
@@ -288,39 +290,3 @@ def _low(graph: Graph, value: str, ranges: Mapping[str, tuple[float, float]]) ->
             return 0.0
         value = node.input[0]
     return float(ranges[value][0])
-
-
-def _replaced(graph: Graph, weights: Mapping[str, Any]) -> Graph:
-    """The graph with other weights."""
-    if not weights:
-        return graph
-    net = Net(graph.proto)
-    for name, array in weights.items():
-        old = net.constant(name)
-        if old is None or old.shape != np.shape(array):
-            raise UsageError(
-                f"there is no weight {name!r} of shape {np.shape(array)}",
-                where=name,
-                remedy="give initializers of the folded graph, with values of the same shape",
-            )
-        net.add_constant(name, np.asarray(array, old.dtype), exact=True)
-    return Graph(net.proto())
-
-
-def _own_constants(graph: Graph) -> Graph:
-    """A weight or bias that several layers read is copied, so that each layer can have its own scales."""
-    seen: set[str] = set()
-    net: Net | None = None
-    for index, node in enumerate(graph.nodes):
-        if node.op_type not in MAC_OPS:
-            continue
-        for slot in range(1, len(node.input)):
-            name = node.input[slot]
-            array = graph.constant(name) if name else None
-            if array is None:
-                continue
-            if name in seen:
-                net = net or Net(graph.proto)
-                net.nodes[index].input[slot] = net.add_constant(f"{name}__{node.name}", array)
-            seen.add(name)
-    return graph if net is None else Graph(net.proto())

@@ -26,6 +26,7 @@ from zsq_deploy.backends.base import Target
 from zsq_deploy.backends.tensorrt.options import BuildOptions
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import EngineError, UsageError
+from zsq_deploy.model.constants import own_constants, replace_constants
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.quant.bias import apply_biases
@@ -96,7 +97,7 @@ def place_qdq(graph: Graph, ranges: Ranges, target: Target, options: BuildOption
         EngineError: Nothing can be quantized.
     """
     options = options or BuildOptions()
-    graph = _own_constants(_replaced(apply_biases(graph, options.biases), options.weights))
+    graph = own_constants(replace_constants(apply_biases(graph, options.biases), options.weights), MAC_OPS)
     graph = raise_opset(graph, min(target.opset, 13))  # scales per channel
     nodes, skipped = plan_nodes(graph, ranges, options)
     chosen = set(nodes)
@@ -295,7 +296,9 @@ def place_int4(graph: Graph, target: Target, options: BuildOptions | None = None
             where="exclude",
             remedy="take the names from `zsq inspect`",
         )
-    graph = raise_opset(_own_constants(_replaced(apply_biases(graph, options.biases), options.weights)), 21)
+    graph = raise_opset(
+        own_constants(replace_constants(apply_biases(graph, options.biases), options.weights), MAC_OPS), 21
+    )
     net = Net(graph.proto)
     stored: list[str] = []
     skipped: dict[str, str] = {}
@@ -344,39 +347,3 @@ def _store_int4(
         net.new_node("DequantizeLinear", inputs, [value], f"{name}_DequantizeLinear", axis=axis, block_size=block),
     )
     node.input[1] = value
-
-
-def _replaced(graph: Graph, weights: Mapping[str, Any]) -> Graph:
-    """The graph with other weights."""
-    if not weights:
-        return graph
-    net = Net(graph.proto)
-    for name, array in weights.items():
-        old = net.constant(name)
-        if old is None or old.shape != np.shape(array):
-            raise UsageError(
-                f"there is no weight {name!r} of shape {np.shape(array)}",
-                where=name,
-                remedy="give initializers of the folded graph, with values of the same shape",
-            )
-        net.add_constant(name, np.asarray(array, old.dtype), exact=True)
-    return Graph(net.proto())
-
-
-def _own_constants(graph: Graph) -> Graph:
-    """A weight or bias that several layers read is copied, so that each layer can have its own scales."""
-    seen: set[str] = set()
-    net: Net | None = None
-    for index, node in enumerate(graph.nodes):
-        if node.op_type not in MAC_OPS:
-            continue
-        for slot in range(1, len(node.input)):
-            name = node.input[slot]
-            array = graph.constant(name) if name else None
-            if array is None:
-                continue
-            if name in seen:
-                net = net or Net(graph.proto)
-                net.nodes[index].input[slot] = net.add_constant(f"{name}__{node.name}", array)
-            seen.add(name)
-    return graph if net is None else Graph(net.proto())
