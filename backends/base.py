@@ -11,13 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
+from zsq_deploy.artifact import digest_bytes
 from zsq_deploy.quant.scheme import Scheme
 
-__all__ = ["BuildSettings", "Engine", "Finding", "KernelRecord", "Runner", "Target", "ValidationData"]
+__all__ = ["BuildSettings", "Engine", "Finding", "KernelRecord", "Runner", "Target", "ValidationData", "digest_array"]
 
 Array = npt.NDArray[Any]
+
+
+def digest_array(array: Array) -> str:
+    """SHA-256 of an array's type, shape and numbers: how manifests name corrected biases and replaced weights."""
+    data = np.ascontiguousarray(array)
+    return digest_bytes(f"{data.dtype.str}{data.shape}".encode() + data.tobytes())
 
 
 @dataclass(frozen=True)

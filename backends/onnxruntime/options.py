@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
-from zsq_deploy.artifact import digest_bytes, digest_json
-from zsq_deploy.backends.base import BuildSettings, Target
+from zsq_deploy.artifact import digest_json
+from zsq_deploy.backends.base import BuildSettings, Target, digest_array
 from zsq_deploy.errors import UsageError
 
 if TYPE_CHECKING:  # the options are read with the targets, and those load neither onnx nor torch
@@ -149,9 +148,9 @@ class BuildOptions:
             "widen": self.widen,
             "weight_method": self.weight_method,
             "exact_scales": self.exact_scales,
-            "corrected_biases": {name: _digest(array) for name, array in sorted(self.biases.items())},
-            "replaced_weights": {name: _digest(array) for name, array in sorted(self.weights.items())},
-            "learned_scales": {name: _digest(array) for name, array in sorted(self.weight_scales.items())},
+            "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
+            "replaced_weights": {name: digest_array(array) for name, array in sorted(self.weights.items())},
+            "learned_scales": {name: digest_array(array) for name, array in sorted(self.weight_scales.items())},
         }
 
     @property
@@ -191,8 +190,3 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
 def check_options(graph: Graph, target: Target, options: BuildOptions) -> None:
     """Nothing of these options can fail for a reason that the network tells before images are made."""
     del graph, target, options
-
-
-def _digest(array: npt.NDArray[Any]) -> str:
-    data = np.ascontiguousarray(array)
-    return digest_bytes(f"{data.dtype.str}{data.shape}".encode() + data.tobytes())

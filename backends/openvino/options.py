@@ -10,8 +10,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from zsq_deploy.artifact import digest_bytes, digest_json
-from zsq_deploy.backends.base import BuildSettings, Target
+from zsq_deploy.artifact import digest_json
+from zsq_deploy.backends.base import BuildSettings, Target, digest_array
 from zsq_deploy.errors import UsageError
 
 __all__ = [
@@ -260,9 +260,9 @@ class BuildOptions:
             "weight_method": self.weight_method,
             "exact_scales": self.exact_scales,
             "compress_weights": self.compress_weights,
-            "corrected_biases": {name: _digest(array) for name, array in sorted(self.biases.items())},
-            "replaced_weights": {name: _digest(array) for name, array in sorted(self.weights.items())},
-            "learned_scales": {name: _digest(array) for name, array in sorted(self.weight_scales.items())},
+            "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
+            "replaced_weights": {name: digest_array(array) for name, array in sorted(self.weights.items())},
+            "learned_scales": {name: digest_array(array) for name, array in sorted(self.weight_scales.items())},
             **told,
         }
 
@@ -295,8 +295,3 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         nncf=NncfOptions(**vendor.get("nncf", {})),
         pot=PotOptions(**pot),
     )
-
-
-def _digest(array: npt.NDArray[Any]) -> str:
-    data = np.ascontiguousarray(array)
-    return digest_bytes(f"{data.dtype.str}{data.shape}".encode() + data.tobytes())

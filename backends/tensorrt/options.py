@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from zsq_deploy.artifact import digest_bytes, digest_json
-from zsq_deploy.backends.base import BuildSettings, Target
+from zsq_deploy.artifact import digest_json
+from zsq_deploy.backends.base import BuildSettings, Target, digest_array
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import UsageError
 
@@ -94,9 +93,9 @@ class BuildOptions:
             "weight_method": self.weight_method,
             "exact_scales": self.exact_scales,
             "bias_correction": self.bias_correction,
-            "corrected_biases": {name: _digest(array) for name, array in sorted(self.biases.items())},
-            "replaced_weights": {name: _digest(array) for name, array in sorted(self.weights.items())},
-            "learned_scales": {name: _digest(array) for name, array in sorted(self.weight_scales.items())},
+            "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
+            "replaced_weights": {name: digest_array(array) for name, array in sorted(self.weights.items())},
+            "learned_scales": {name: digest_array(array) for name, array in sorted(self.weight_scales.items())},
         }
 
     @property
@@ -143,8 +142,3 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         bias_correction=bool(getattr(settings, "bias_correction", False)) and not settings.weight_only,
         bits=settings.bits,
     )
-
-
-def _digest(array: npt.NDArray[Any]) -> str:
-    data = np.ascontiguousarray(array)
-    return digest_bytes(f"{data.dtype.str}{data.shape}".encode() + data.tobytes())
