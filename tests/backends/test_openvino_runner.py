@@ -108,7 +108,7 @@ def test_several_open_sizes_are_compiled_when_they_are_known(tmp_path: Path) -> 
     for shape in ((1, 5, width), (3, 5, width)):
         x = noise(shape)
         np.testing.assert_allclose(
-            one.run({name: x})[one.output_names[0]], session.run(None, {name: x})[0], rtol=1e-3, atol=1e-4
+            one.run({name: x})[one.output_names[0]], session.run(None, {name: x})[0], rtol=1e-5, atol=1e-6
         )
 
 
