@@ -53,7 +53,7 @@ class Layer:
         precision: Precision of its arithmetic: ``u8``, ``f32``, ...
         outputs: Precisions of its outputs.
         originals: Names of the operators of the model that it stands for.
-        microseconds: Time of one execution; ``None`` if it was not executed.
+        microseconds: Time of one execution; ``None`` if it took less than the profile can tell.
     """
 
     name: str
@@ -63,6 +63,14 @@ class Layer:
     outputs: tuple[str, ...]
     originals: tuple[str, ...]
     microseconds: float | None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it only names the same memory anew: OpenVINO has no kernel for it.
+
+        That it took no time says nothing: the profile counts whole microseconds and calls what is faster ``NOT_RUN``.
+        """
+        return self.primitive.startswith("unknown")
 
     @property
     def integer(self) -> bool:
@@ -233,8 +241,8 @@ def kernels(loaded: OvRunner, feeds: Mapping[str, Array]) -> list[KernelRecord]:
             if name in left
         ]
         count = sum(macs for macs, _, _ in products)
-        if layer.microseconds is None and not count:
-            continue  # folded into a neighbour, or nothing but another view of the same memory
+        if layer.is_view and not count:
+            continue
         record = KernelRecord(
             node=layer.name,
             op=f"{layer.kind} {layer.primitive}" if layer.primitive else layer.kind,

@@ -10,6 +10,7 @@ import pytest
 
 from zsq_deploy.backends import get_target
 from zsq_deploy.backends.base import Engine
+from zsq_deploy.backends.openvino import proof as proof_module
 from zsq_deploy.backends.openvino.convert import convert, save
 from zsq_deploy.backends.openvino.lint import lint
 from zsq_deploy.backends.openvino.options import BuildOptions
@@ -81,6 +82,16 @@ def test_only_conversions_are_left_in_float(engine: Engine) -> None:
     assert proof.macs_share == 1
     assert proof.islands
     assert all("conversion" in island.reason or "rounding" in island.reason for island in proof.islands)
+
+
+def test_layers_too_fast_for_the_profile_are_listed_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO calls a layer of less than a microsecond ``NOT_RUN``; on a fast machine these are the conversions."""
+    whole = [(record.node, record.integer, record.reason) for record in runner(engine.path, CPU).kernels(X)]
+    monkeypatch.setattr(proof_module, "_measured", lambda compiled, inputs: {})
+    records = runner(engine.path, CPU).kernels(X)
+    assert [(record.node, record.integer, record.reason) for record in records] == whole
+    assert {record.microseconds for record in records} == {0.0}
+    assert not any("Reshape" in record.op for record in records)  # another view of the same memory
 
 
 def without_pair(graph: Graph, value: str) -> Graph:
