@@ -17,7 +17,6 @@ TensorRT 11 has no calibrators: they were superseded by explicit Q/DQ in 10.1 an
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -35,6 +34,7 @@ from zsq_deploy.backends.tensorrt.cache import (
     check_binding,
     write_cache,
 )
+from zsq_deploy.backends.tensorrt.cuda import Cuda
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError, ZsqError
 from zsq_deploy.progress import SILENT, Progress
 
@@ -116,49 +116,16 @@ class TorchMemory:
 class RuntimeMemory:
     """Device memory of the CUDA runtime itself, for machines whose torch was built without CUDA (most Jetsons).
 
-    TensorRT cannot work without that library, so it is there wherever TensorRT is. The current device of the calling thread is used.
-
     Args:
-        library: The library's file or name; ``None``: the usual names.
+        library: The library's file or name; ``None``: the usual ones (:class:`~zsq_deploy.backends.tensorrt.cuda.Cuda`).
 
     Raises:
         EngineError: The library is not there, or it sees no GPU.
     """
 
-    _NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so.10.2")
-    _HOST_TO_DEVICE = 1
-
     def __init__(self, library: str | None = None) -> None:
         self._buffers: dict[str, tuple[int, int]] = {}
-        self._library = self._load(library)
-        count = ctypes.c_int(0)
-        self._call("cudaGetDeviceCount", ctypes.byref(count))
-        if count.value < 1:
-            raise EngineError("the CUDA runtime sees no GPU", where="CUDA", remedy=_REMEDY_GPU)
-
-    def _load(self, library: str | None) -> ctypes.CDLL:
-        for name in self._NAMES if library is None else (library,):
-            try:
-                found = ctypes.CDLL(name)
-            except OSError:
-                continue
-            found.cudaGetErrorString.restype = ctypes.c_char_p
-            return found
-        raise EngineError(
-            "there is no CUDA runtime (libcudart), and TensorRT calibrates on a GPU",
-            where=library or "libcudart.so",
-            remedy=f"{_REMEDY_GPU}; if CUDA is installed, put its lib64 folder on LD_LIBRARY_PATH",
-        )
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = int(getattr(self._library, name)(*arguments))
-        if status != 0:
-            text = self._library.cudaGetErrorString(status)
-            raise EngineError(
-                f"CUDA refused {name}: {text.decode(errors='replace') if text else 'error'} ({status})",
-                where="CUDA",
-                remedy="free GPU memory or use a smaller batch" if name == "cudaMalloc" else _REMEDY_GPU,
-            )
+        self._cuda = Cuda(library, remedy=_REMEDY_GPU)
 
     def upload(self, name: str, array: Array) -> int:
         """Copy an array to the GPU (the call returns when it is there) and return its address."""
@@ -166,23 +133,15 @@ class RuntimeMemory:
         address, size = self._buffers.get(name, (0, 0))
         if size != host.nbytes:
             self._release(name)
-            pointer = ctypes.c_void_p()
-            self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(host.nbytes))
-            address = int(pointer.value or 0)
+            address = self._cuda.allocate(host.nbytes)
             self._buffers[name] = (address, host.nbytes)
-        self._call(
-            "cudaMemcpy",
-            ctypes.c_void_p(address),
-            ctypes.c_void_p(host.ctypes.data),
-            ctypes.c_size_t(host.nbytes),
-            ctypes.c_int(self._HOST_TO_DEVICE),
-        )
+        self._cuda.upload(address, host)
         return address
 
     def _release(self, name: str) -> None:
         address, _ = self._buffers.pop(name, (0, 0))
         if address:
-            self._call("cudaFree", ctypes.c_void_p(address))
+            self._cuda.free(address)
 
     def free(self) -> None:
         """Give all buffers back."""
