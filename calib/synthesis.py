@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,11 +28,13 @@ from zsq_deploy.calib.methods import METHODS, Method
 from zsq_deploy.calib.parts import native
 from zsq_deploy.calib.parts.checkpoint import Checkpoint
 from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
+from zsq_deploy.calib.parts.labels import LabelSpace, find_labels
 from zsq_deploy.calib.parts.memory import steady_memory
-from zsq_deploy.calib.parts.network import SynthesisNetwork, prepare
+from zsq_deploy.calib.parts.network import prepare
 from zsq_deploy.calib.parts.priors import InputSpace
-from zsq_deploy.calib.parts.recipe import Recipe, describe, resolve
+from zsq_deploy.calib.parts.recipe import Preparation, Recipe, describe, resolve, stages
 from zsq_deploy.calib.parts.sizing import batch_sizes, largest_batch
+from zsq_deploy.calib.parts.terms.base import Context
 from zsq_deploy.errors import CalibrationError, InterruptedRunError, UsageError
 from zsq_deploy.model import Model
 from zsq_deploy.model.graph import TensorSpec
@@ -55,6 +58,7 @@ def synthesize(
     resume: bool = False,
     progress: Progress = SILENT,
     parameters: Mapping[str, Any] | None = None,
+    others: Sequence[Model] = (),
 ) -> CalibrationSet:
     """Make a calibration set for a network without any data.
 
@@ -69,6 +73,7 @@ def synthesize(
         resume: Go on from what an interrupted run left in `workdir`.
         progress: Where to report.
         parameters: The method's parameters, where they differ from its defaults.
+        others: Further networks with the same input that the images are to fit as well, for methods that can use them (MixMix).
 
     Returns:
         The set, in memory, float32 in the network's input space, with a manifest that says how it was made. Its ``parameters`` hold the
@@ -121,11 +126,16 @@ def synthesize(
         outcome: dict[str, Any] = {} if requested is None else {"requested_method": requested}
         seconds = time.monotonic() - started
     else:
-        recipe = chosen.run(resolved)
-        network = prepare(model, hook=recipe.loss.hook, swing=bool(recipe.swing))
-        arrays, outcome, seconds = _optimise(
-            chosen, model, network, recipe, resolved, images, seed, place, batch_size, workdir, resume, progress, notes
+        if others and not chosen.several_networks:
+            raise UsageError(
+                f"method {method!r} looks at one network",
+                where="others",
+                remedy="leave them away, or use --method mixmix",
+            )
+        run = _Run(
+            chosen, model, tuple(others), resolved, images, seed, place, batch_size, workdir, resume, progress, notes
         )
+        arrays, outcome, seconds = run.optimise()
     manifest = CalibrationManifest.of(
         model,
         method=chosen.name,
@@ -179,87 +189,218 @@ def _draw(method: Method, model: Model, images: int, seed: int, progress: Progre
     return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
 
-def _optimise(
-    method: Method,
-    model: Model,
-    network: SynthesisNetwork,
-    recipe: Recipe,
-    resolved: Mapping[str, Any],
-    images: int,
-    seed: int,
-    device: torch.device,
-    batch_size: int | None,
-    workdir: Path | None,
-    resume: bool,
-    progress: Progress,
-    notes: list[str],
-) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any], float]:
-    spec = model.inputs[0]
-    shape = spec.with_batch(1)[1:]
-    space = InputSpace.of(spec, model.preprocess, device)
-    objective = Objective(recipe, network, spec, space, device=device)
-    fixed = None if model.dynamic_batch else int(spec.shape[0] or 1)
-    largest, piece, note = largest_batch(objective, shape, batch_size or recipe.batch_size, device, fixed)
-    if note:
-        notes.append(note)
-        progress.say(note)
-    objective.piece = piece
-    sizes = batch_sizes(images, largest, fixed or 1)
-    loops = device.type == "cpu" and native.kernels() is not None
-    if device.type == "cpu" and not loops:
-        progress.say("no C compiler (cc, gcc, clang) was found: synthesis works, but takes up to twice as long")
-    run = {
-        "model": model.digest,
-        "method": method.name,
-        "parameters": dict(resolved),
-        "preprocess": {key: _plain(getattr(model.preprocess, key, None)) for key in ("mean", "std", "raw_pixels")},
-        "seed": seed,
-        "images": images,
-        "batches": sizes,
-        "piece": piece,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "native_loops": loops,
-        "torch": torch.__version__,
-    }
-    checkpoint = Checkpoint(workdir, run, resume=resume)
-    finished: list[tuple[Tensor, dict[str, Any]]] = []
-    with (
-        deterministic(device),
-        steady_memory(),
-        _Interrupts() as interrupts,
-        progress.task(f"{method.name}: {images} images", len(sizes) * recipe.steps) as task,
-    ):
-        for index, size in enumerate(sizes):
-            found = checkpoint.load_batch(index)
-            if found is None:
-                batch = BatchRun(objective, (size, *shape), seed, index)
-                found = _one_batch(batch, checkpoint, interrupts, task, f"{index + 1}/{len(sizes)}")
-            else:
-                task.advance(recipe.steps)
-            finished.append((found[0]["images"], found[1]))
-        if interrupts.asked:  # after the last step: all batches are kept
-            raise _interrupted("after the last batch", checkpoint)
-    outcome = {
-        "recipe": describe(recipe),
-        "outcome": {
-            "batches": sizes,
-            "steps": [plain["step"] for _, plain in finished],
-            "first": [plain["first"] for _, plain in finished],
-            "last": [plain["values"] for _, plain in finished],
-            "batch_norms": len(network.layers),
+@dataclass(frozen=True)
+class _Run:
+    """One synthesis by optimisation, all of its stages."""
+
+    method: Method
+    model: Model
+    others: tuple[Model, ...]
+    parameters: Mapping[str, Any]
+    images: int
+    seed: int
+    device: torch.device
+    batch_size: int | None
+    workdir: Path | None
+    resume: bool
+    progress: Progress
+    notes: list[str]
+
+    def optimise(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any], float]:
+        """Images by input name, the outcome for the manifest, and seconds."""
+        assert self.method.run is not None
+        recipes = stages(self.method.run(self.parameters))
+        labels = self._labels(recipes)
+        loops = self.device.type == "cpu" and native.kernels() is not None
+        if self.device.type == "cpu" and not loops:
+            self.progress.say(
+                "no C compiler (cc, gcc, clang) was found: synthesis works, but takes up to twice as long"
+            )
+        outcomes, done, seconds = list[dict[str, Any]](), list[_Batch](), 0.0
+        kept: list[Checkpoint] = []
+        with deterministic(self.device), steady_memory(), _Interrupts() as interrupts:
+            for number, recipe in enumerate(recipes):
+                stage = _Stage(self, recipe, number, number + 1 == len(recipes), labels, loops, done)
+                kept.append(stage.checkpoint)
+                done, outcome = stage.run(interrupts)
+                outcomes.append(outcome)
+                seconds += sum(batch.plain["seconds"] for batch in done)
+            for checkpoint in reversed(kept):  # the later ones lie in the first one's folder
+                checkpoint.remove()
+        spec = self.model.inputs[0]
+        made = (
+            torch.cat([batch.tensors["images"] for batch in done])[: self.images].numpy().astype(spec.dtype, copy=False)
+        )
+        if len(outcomes) == 1:
+            return {spec.name: made}, outcomes[0], seconds
+        return {spec.name: made}, {**outcomes[-1], "earlier_stages": outcomes[:-1]}, seconds
+
+    def _labels(self, recipes: Sequence[Recipe]) -> LabelSpace | None:
+        labels = find_labels(self.model.graph, self.model.outputs)
+        if labels is None and any(recipe.needs_labels for recipe in recipes):
+            raise CalibrationError(
+                f"method {self.method.name!r} asks the network to see classes, and this network gives no class scores "
+                f"(outputs: {', '.join(f'{spec.name} {list(spec.shape)}' for spec in self.model.outputs)})",
+                where=self.model.name,
+                remedy="use a method without labels: zeroq, genie",
+            )
+        return labels
+
+    def checkpoint(self, stage: int, run: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint of one stage: the work folder itself for the first, folders in it for the later ones."""
+        folder = self.workdir if self.workdir is None or stage == 0 else self.workdir / f"stage-{stage}"
+        return Checkpoint(folder, run, resume=self.resume)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A finished batch: its tensors, and its numbers."""
+
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+
+
+class _Stage:
+    """One stage of a run: one recipe, batch after batch."""
+
+    def __init__(
+        self,
+        run: _Run,
+        recipe: Recipe,
+        number: int,
+        last: bool,
+        labels: LabelSpace | None,
+        loops: bool,
+        before: Sequence[_Batch],
+    ) -> None:
+        self.whole, self.recipe, self.number, self.last, self.before = run, recipe, number, last, before
+        model = run.model
+        spec = model.inputs[0]
+        self.shape = spec.with_batch(1)[1:]
+        space = InputSpace.of(spec, model.preprocess, run.device)
+        hook = recipe.loss.hook if recipe.loss is not None else "bn_in"
+        network = prepare(model, hook=hook, swing=bool(recipe.swing), fast=recipe.loss is not None)
+        self.context = Context(
+            model=model,
+            network=network,
+            spec=spec,
+            space=space,
+            labels=labels,
+            device=run.device,
+            dtype=torch.float32,
+            seed=run.seed,
+            others=run.others,
+        )
+        fixed = None if model.dynamic_batch else int(spec.shape[0] or 1)
+        count = recipe.images(run.images, labels) if recipe.images is not None else run.images
+        wanted = run.batch_size or recipe.batch_size
+        # What is prepared may need the network, but not the sizes of batches; the sizes need the terms, which need what is prepared.
+        record = {
+            "model": model.digest,
+            "method": run.method.name,
+            "parameters": dict(run.parameters),
+            "preprocess": {key: _plain(getattr(model.preprocess, key, None)) for key in ("mean", "std", "raw_pixels")},
+            "seed": run.seed,
+            "images": run.images,
+            "batch_size": wanted,
+            "device": run.device.type,
             "threads": torch.get_num_threads(),
             "native_loops": loops,
-        },
-    }
-    notes.append(_summary(recipe, [plain for _, plain in finished]))
-    checkpoint.remove()
-    made = torch.cat([tensor for tensor, _ in finished])[:images].numpy().astype(spec.dtype, copy=False)
-    return {spec.name: made}, outcome, sum(plain["seconds"] for _, plain in finished)
+            "torch": torch.__version__,
+        }
+        if number:
+            record["stage"] = number
+        if run.others:
+            record["others"] = [other.digest for other in run.others]
+        self.checkpoint = run.checkpoint(number, record)
+        if recipe.prepare is not None:
+            prepared = self.checkpoint.load_prepared()
+            if prepared is None:
+                previous = [batch.tensors for batch in before]
+                prepared = dict(recipe.prepare(Preparation(self.context, run.images, wanted, previous, run.progress)))
+                self.checkpoint.save_prepared(prepared)
+            self.context = replace(
+                self.context, prepared={name: value.to(run.device) for name, value in prepared.items()}
+            )
+        self.objective = Objective(recipe, network, spec, space, device=run.device, context=self.context)
+        largest, piece, note = largest_batch(self.objective, self.shape, wanted, run.device, fixed)
+        if note:
+            run.notes.append(note)
+            run.progress.say(note)
+        self.objective.piece = piece
+        self.sizes = batch_sizes(count, largest, fixed or 1)
+        self.loops = loops
+
+    def run(self, interrupts: _Interrupts) -> tuple[list[_Batch], dict[str, Any]]:
+        """All batches, finished, and what is to be said of them."""
+        recipe, whole = self.recipe, self.whole
+        title = f"{whole.method.name}: {sum(self.sizes)} images"
+        if self.number or not self.last:
+            title += f", stage {self.number + 1}"
+        finished: list[_Batch] = []
+        memory: Mapping[str, Tensor] = {}
+        with whole.progress.task(title, len(self.sizes) * recipe.steps) as task:
+            for index, size in enumerate(self.sizes):
+                found = self.checkpoint.load_batch(index)
+                if found is None:
+                    found = self._batch(index, size, memory, interrupts, task)
+                else:
+                    task.advance(recipe.steps)
+                prefix = "memory."
+                memory = {
+                    name.removeprefix(prefix): value.to(whole.device)
+                    for name, value in found[0].items()
+                    if name.startswith(prefix)
+                }
+                finished.append(_Batch(*found))
+            if interrupts.asked:  # after the last step: all batches are kept
+                raise _interrupted("after the last batch", self.checkpoint)
+        plains = [batch.plain for batch in finished]
+        outcome = {
+            "recipe": describe(recipe),
+            "outcome": {
+                "batches": self.sizes,
+                "piece": self.objective.piece,
+                "steps": [plain["step"] for plain in plains],
+                "first": [plain["first"] for plain in plains],
+                "last": [plain["values"] for plain in plains],
+                "batch_norms": len(self.context.network.layers),
+                "threads": torch.get_num_threads(),
+                "native_loops": self.loops,
+            },
+        }
+        targets = [plain["targets"] for plain in plains if "targets" in plain]
+        if targets:
+            outcome["outcome"]["targets"] = targets
+        whole.notes.append(_summary(recipe, plains))
+        return finished, outcome
+
+    def _batch(
+        self, index: int, size: int, memory: Mapping[str, Tensor], interrupts: _Interrupts, task: Task
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        matching = len(self.before) > index and len(self.before[index].tensors["images"]) == size
+        batch = BatchRun(
+            self.objective,
+            (size, *self.shape),
+            self.whole.seed,
+            index,
+            memory=memory,
+            previous=self.before[index].tensors if matching else {},
+            stage=f"stage {self.number}/" if self.number else "",
+        )
+        return _one_batch(
+            batch, self.checkpoint, interrupts, task, f"{index + 1}/{len(self.sizes)}", keep_parameters=not self.last
+        )
 
 
 def _one_batch(
-    batch: BatchRun, checkpoint: Checkpoint, interrupts: _Interrupts, task: Task, title: str
+    batch: BatchRun,
+    checkpoint: Checkpoint,
+    interrupts: _Interrupts,
+    task: Task,
+    title: str,
+    *,
+    keep_parameters: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Bring one batch to its end, from where a checkpoint left it."""
     steps = batch.objective.recipe.steps
@@ -296,8 +437,13 @@ def _one_batch(
             keep()
         raise _interrupted(f"in batch {title} at step {batch.step} of {steps}", checkpoint) from interrupt
     task.advance(steps - batch.step)
-    _, plain = batch.state()
-    found = {"images": batch.images()}, {**plain, **record()}
+    tensors, plain = batch.state()
+    kept = {"images": batch.images()}
+    kept.update({f"memory.{name}": value for name, value in batch.left_behind().items()})
+    if keep_parameters:
+        kept.update({name: value.cpu() for name, value in tensors.items() if name.startswith("parameters.")})
+    said = {"targets": batch.targets.classes.tolist()} if batch.targets is not None else {}
+    found = kept, {**plain, **said, **record()}
     checkpoint.save_batch(batch.index, *found)
     return found
 
@@ -319,9 +465,7 @@ def _summary(recipe: Recipe, batches: Sequence[Mapping[str, Any]]) -> str:
     early = sum(count < recipe.steps for count in steps)
     first = float(np.mean([batch["first"].get("loss", math.nan) for batch in batches]))
     last = float(np.mean([batch["values"].get("loss", math.nan) for batch in batches]))
-    text = (
-        f"batch-norm distance (mean over {len(batches)} batches) {first:.4g} at the first step, {last:.4g} at the last"
-    )
+    text = f"{'batch-norm distance' if not recipe.terms else 'loss'} (mean over {len(batches)} batches) {first:.4g} at the first step, {last:.4g} at the last"
     if early and recipe.stop is not None:
         text += (
             f"; {early} of {len(batches)} batches ended early, after {min(steps)} to {max(steps)} of at most {recipe.steps} "

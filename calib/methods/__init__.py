@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from zsq_deploy.calib.baselines import Baseline, gaussian, ones, uniform
 from zsq_deploy.calib.fractal import fractal
-from zsq_deploy.calib.methods import genie, zeroq
+from zsq_deploy.calib.methods import deepinversion, genie, zeroq
 from zsq_deploy.calib.parts.recipe import Recipe
 
 __all__ = ["METHODS", "Method"]
@@ -26,9 +26,10 @@ class Method:
         needs_bn: It lives on batch-norm statistics.
         images: It makes images; the others give ranges only, or take what the user hands over.
         defaults: Its parameters with their default values.
-        run: For methods that optimise images: makes the recipe from resolved parameters.
+        run: For methods that optimise images: makes the recipe, or one recipe a stage, from resolved parameters.
         baseline: For methods that draw images without looking at the network.
         fallback: What is used for a network without batch-norm statistics.
+        several_networks: It can make images that fit several networks at once.
     """
 
     name: str
@@ -37,9 +38,10 @@ class Method:
     needs_bn: bool = False
     images: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    run: Callable[[Mapping[str, Any]], Recipe] | None = None
+    run: Callable[[Mapping[str, Any]], Recipe | Sequence[Recipe]] | None = None
     baseline: Baseline | None = None
     fallback: str | None = None
+    several_networks: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
@@ -62,6 +64,15 @@ _ALL = (
         needs_bn=True,
         defaults=genie.DEFAULTS,
         run=genie.recipe,
+        fallback="fractal",
+    ),
+    Method(
+        "deepinversion",
+        "pixels optimised until the network sees a class in a smooth image with the batch's statistics as stored",
+        "Yin et al., DeepInversion, CVPR 2020, arXiv 1912.08795",
+        needs_bn=True,
+        defaults=deepinversion.DEFAULTS,
+        run=deepinversion.recipe,
         fallback="fractal",
     ),
     Method("gaussian", "N(0, 1) noise in the network's input space", "baseline", baseline=gaussian),

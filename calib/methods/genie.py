@@ -29,10 +29,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from zsq_deploy.calib.parts.bn_loss import BNLoss
-from zsq_deploy.calib.parts.parametrisations import LatentImages
+from zsq_deploy.calib.parts.parametrisations import LatentImages, Start
 from zsq_deploy.calib.parts.recipe import Group, Recipe
 from zsq_deploy.calib.parts.schedules import EarlyStop, Exponential, Plateau
 
@@ -71,9 +69,13 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 def recipe(parameters: Mapping[str, Any]) -> Recipe:
     """Genie with resolved `parameters` (see :data:`DEFAULTS`)."""
 
-    def parametrise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> LatentImages:
+    def parametrise(start: Start) -> LatentImages:
         return LatentImages(
-            shape, generator, device, latent=parameters["latent"], upsamplings=parameters["upsamplings"]
+            start.shape,
+            start.generator,
+            start.device,
+            latent=parameters["latent"],
+            upsamplings=parameters["upsamplings"],
         )
 
     stop = EarlyStop(parameters["stop_patience"], parameters["stop_threshold"]) if parameters["stop_patience"] else None

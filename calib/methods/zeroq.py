@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 from zsq_deploy.calib.parts.bn_loss import BNLoss
-from zsq_deploy.calib.parts.parametrisations import Pixels
+from zsq_deploy.calib.parts.parametrisations import pixels
 from zsq_deploy.calib.parts.recipe import Group, Recipe
 from zsq_deploy.calib.parts.schedules import EarlyStop, Plateau
 
@@ -68,7 +68,7 @@ def recipe(parameters: Mapping[str, Any]) -> Recipe:
     stop = EarlyStop(parameters["stop_patience"], parameters["stop_threshold"]) if parameters["stop_patience"] else None
     return Recipe(
         loss=LOSS,
-        parametrise=Pixels,
+        parametrise=pixels,
         groups={"images": Group(parameters["rate"], schedule=Plateau(parameters["patience"], 0.1, 1e-4))},
         steps=parameters["steps"],
         batch_size=parameters["batch_size"],

@@ -3,11 +3,12 @@
 ::
 
     run.json                 what the run is (network, method, parameters, seed, ...) and its digest
-    batch-00000.safetensors  a finished batch
+    prepared.safetensors     what was computed before the first batch, for methods that do that
+    batch-00000.safetensors  a finished batch, and what it leaves to the later ones
     current.safetensors      the batch that is being made: parameters, optimisers, random state, schedules
 
 All files are written atomically, and a batch's file appears before the state of the next one, so whenever the process ends, what is
-there is one consistent state.
+there is one consistent state. Methods of several stages keep the later ones in folders of the same form, ``stage-1`` and so on.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Checkpoint:
                 )
             return
         if folder.exists():
-            for name in [*folder.glob("batch-*.safetensors"), folder / "current.safetensors", path]:
+            for name in [*_files(folder), path]:
                 name.unlink(missing_ok=True)
         write_json(path, record)
 
@@ -71,6 +72,19 @@ class Checkpoint:
     @property
     def _current(self) -> Path | None:
         return None if self.folder is None else self.folder / "current.safetensors"
+
+    @property
+    def _prepared(self) -> Path | None:
+        return None if self.folder is None else self.folder / "prepared.safetensors"
+
+    def save_prepared(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was computed before the first batch."""
+        _write(self._prepared, tensors, {})
+
+    def load_prepared(self) -> dict[str, Tensor] | None:
+        """What was computed before the first batch, or ``None``."""
+        found = _read(self._prepared)
+        return None if found is None else found[0]
 
     def save_batch(self, index: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Keep a finished batch; the state of the current one is no longer needed."""
@@ -95,11 +109,15 @@ class Checkpoint:
         """Forget everything: the run is complete."""
         if self.folder is None or not self.folder.exists():
             return
-        for path in [*self.folder.glob("batch-*.safetensors"), self.folder / "current.safetensors"]:
+        for path in _files(self.folder):
             path.unlink(missing_ok=True)
         (self.folder / "run.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [*folder.glob("batch-*.safetensors"), folder / "current.safetensors", folder / "prepared.safetensors"]
 
 
 def _write(path: Path | None, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:

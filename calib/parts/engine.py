@@ -7,7 +7,8 @@ GFLOP/s a core, float32 ones 140 to 170, so there was nothing to gain for the pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zsq_deploy.calib.parts.bn_loss import BNLayer, BNMatcher, Losses, Observed
+from zsq_deploy.calib.parts.augment import Plan
+from zsq_deploy.calib.parts.bn_loss import BNLayer, BNMatcher, Observed
+from zsq_deploy.calib.parts.labels import Targets
 from zsq_deploy.calib.parts.moments import watch
 from zsq_deploy.calib.parts.network import SynthesisNetwork
-from zsq_deploy.calib.parts.priors import InputSpace, total_variation
-from zsq_deploy.calib.parts.recipe import Recipe
+from zsq_deploy.calib.parts.parametrisations import Start
+from zsq_deploy.calib.parts.priors import InputSpace
+from zsq_deploy.calib.parts.recipe import Finished, Group, Recipe
 from zsq_deploy.calib.parts.schedules import ScheduleState
 from zsq_deploy.calib.parts.seeds import batch_generator
 from zsq_deploy.calib.parts.swing import swing_taps
+from zsq_deploy.calib.parts.terms.base import Context, Look
 from zsq_deploy.errors import CalibrationError
 from zsq_deploy.model.graph import TensorSpec
 
-__all__ = ["BatchRun", "Objective", "deterministic"]
+__all__ = ["BatchRun", "Objective", "Parts", "Scene", "deterministic"]
 
 _NOTHING = 1e-30
 
@@ -47,17 +52,54 @@ def deterministic(device: torch.device | None = None) -> Iterator[None]:
                 torch.set_deterministic_debug_mode(mode)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """The choices of one step, the same for every piece of the batch.
+
+    Attributes:
+        batch: Images in the whole batch.
+        number: Steps done before.
+        swing: Source of the shifts of swing convolution; ``None``: no shifts.
+        plans: The choices of each augmentation.
+        targets: What the images are asked to be.
+        memory: What earlier batches left.
+    """
+
+    batch: int
+    number: int = 0
+    swing: torch.Generator | None = None
+    plans: Sequence[Plan] = ()
+    targets: Targets | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loss and what it is made of; all are scalars that carry gradients."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+    def values(self) -> dict[str, float]:
+        """Plain numbers, for a progress line: ``loss``, and each part with its weight."""
+        return {
+            "loss": float(self.total.detach()),
+            **{name: float(part.detach()) for name, part in self.parts.items()},
+        }
+
+
 class Objective:
     """The loss of a batch of images, bound to a network and a device.
 
     Args:
-        recipe: The method.
+        recipe: The method, or one stage of it.
         network: The prepared network.
         spec: Its input.
         space: Where the input's pixels live.
         device: Where it is computed.
         dtype: In what precision.
         piece: Images that are worked through at a time where the loss allows it; ``None``: all at once.
+        context: What the recipe's terms are bound to; not needed without terms.
     """
 
     def __init__(
@@ -70,11 +112,12 @@ class Objective:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         piece: int | None = None,
+        context: Context | None = None,
     ) -> None:
         from zsq_deploy.model import Twin
 
         self.recipe, self.network, self.space = recipe, network, space
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.context = device, dtype, context
         self.twin = Twin(network.graph, dtype=dtype, device=device)
         for parameter in self.twin.parameters():
             # Weight decay can leave the weights of dead channels as denormal numbers, and arithmetic with those is a hundred
@@ -83,69 +126,104 @@ class Objective:
             if parameter.dim() == 4:  # convolutions on channels-last maps want their weights in the same order
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._input = spec.name
-        self.matcher = BNMatcher(
-            recipe.loss,
-            network.layers,
-            device=device,
-            dtype=dtype,
-            affine=network.affine,
-            bounds=network.bounds,
-            joins=network.joins,
-            owned=network.owned,
-        )
-        self.piece = piece if recipe.loss.separable and recipe.total_variation == 0 else None
+        self.matcher: BNMatcher | None = None
+        if recipe.loss is not None:
+            self.matcher = BNMatcher(
+                recipe.loss,
+                network.layers,
+                device=device,
+                dtype=dtype,
+                affine=network.affine,
+                bounds=network.bounds,
+                joins=network.joins,
+                owned=network.owned,
+            )
+        if recipe.terms and context is None:
+            raise ValueError("a recipe with terms needs a context to bind them to")
+        self.terms = [(term, term.bind(context)) for term in recipe.terms if context is not None]
+        self.fetch = tuple(dict.fromkeys(name for _, bound in self.terms for name in bound.fetch))
+        self.piece = piece if recipe.separable else None
         channels = spec.shape[1] if len(spec.shape) > 1 and spec.shape[1] else 1
         self._prior = BNLayer("input", spec.name, np.zeros(channels), np.ones(channels), 0.0)
-        self._has_prior = recipe.loss.input_prior and len(spec.shape) > 2
+        self._has_prior = recipe.loss is not None and recipe.loss.input_prior and len(spec.shape) > 2
 
-    def losses(self, images: Tensor, swing: torch.Generator | None = None, *, batch: int = 0, first: int = 0) -> Losses:
+    def losses(self, images: Tensor, scene: Scene, *, first: int = 0) -> Parts:
         """The loss of images in standard space.
 
         Args:
             images: [n, C, ...].
-            swing: Source of the random shifts.
-            batch: Images in the whole batch, of which these may be a piece; 0: these are all.
-            first: Index of the first of them in the batch.
+            scene: The choices of this step.
+            first: Index of the first of them in the batch, of which they may be a piece.
         """
         recipe, store, inputs = self.recipe, dict[str, Observed](), None
-        taps = dict(self.matcher.taps(store))
-        if recipe.swing and swing is not None:
-            taps.update(swing_taps(self.network.edges, swing, recipe.swing))
-        if recipe.clip:
-            images = self.space.clip(images) if images.grad_fn is not None else images
-        if self._has_prior:
-            images, mean, var = watch(images, per_sample=True, unbiased=recipe.loss.unbiased)
+        count = len(images)
+        taps = {} if self.matcher is None else dict(self.matcher.taps(store))
+        if recipe.swing and scene.swing is not None:
+            taps.update(swing_taps(self.network.edges, scene.swing, recipe.swing))
+        if recipe.clip and images.grad_fn is not None:
+            images = self.space.clip(images)
+        seen = images
+        for augment, plan in zip(recipe.augment, scene.plans, strict=True):
+            seen = augment.apply(seen, {name: rows[first : first + count] for name, rows in plan.items()})
+        if self._has_prior and recipe.loss is not None:
+            seen, mean, var = watch(seen, per_sample=True, unbiased=recipe.loss.unbiased)
             inputs = Observed(mean, var)
-        self.twin.run({self._input: self.space.to_network(images)}, fetch=(), taps=taps)
-        return self.matcher(
-            store, batch=batch or len(images), first=first, inputs=inputs, input_layer=self._prior if inputs else None
-        )
+        values = self.twin.run({self._input: self.space.to_network(seen)}, fetch=self.fetch, taps=taps)
+        parts: dict[str, Tensor] = {}
+        if self.matcher is not None:
+            found = self.matcher(
+                store, batch=scene.batch, first=first, inputs=inputs, input_layer=self._prior if inputs else None
+            )
+            weight = recipe.loss_weight
+            named = {"mean": found.mean, "spread": found.spread, "input": found.input}
+            parts.update(named if weight == 1 else {name: weight * part for name, part in named.items()})
+        if self.terms:
+            look = Look(
+                images=images,
+                seen=seen,
+                values=values,
+                observed=store,
+                targets=None if scene.targets is None else scene.targets.rows(first, count),
+                number=scene.number,
+                steps=recipe.steps,
+                batch=scene.batch,
+                first=first,
+                memory=scene.memory,
+            )
+            parts.update({term.name: term.weight * bound(look) for term, bound in self.terms})
+        total = sum(parts.values(), torch.zeros((), dtype=self.dtype, device=self.device))
+        return Parts(total, parts)
 
-    def backward(self, images: Tensor, swing: torch.Generator | None = None) -> dict[str, float]:
+    def rehearsal(self, shape: tuple[int, ...]) -> Scene:
+        """Choices for a first look at images of this shape, from a fixed seed."""
+        recipe, random = self.recipe, torch.Generator().manual_seed(0)
+        labels = self.context.labels if self.context is not None else None
+        targets = None
+        if recipe.targets is not None and labels is not None:
+            targets = recipe.targets(shape[0], labels.classes, random).to(self.device)
+        plans = [augment.draw(shape, random, 0, recipe.steps) for augment in recipe.augment]
+        return Scene(shape[0], swing=random, plans=plans, targets=targets)
+
+    def backward(self, images: Tensor, scene: Scene | None = None) -> dict[str, float]:
         """Losses of a batch; their gradient goes to whatever `images` comes from.
 
         A loss that is a sum over images is worked through in pieces that fit the processor's caches.
         """
         count = len(images)
+        scene = scene or Scene(count)
         piece = self.piece or count
-        values: dict[str, float] = {}
         if piece >= count or not images.is_leaf:
-            losses = self.losses(images, swing)
-            total = losses.total
-            values = losses.values()
-            if self.recipe.total_variation:
-                smooth = self.recipe.total_variation * total_variation(images)
-                total, values["smooth"] = total + smooth, float(smooth)
-                values["loss"] += values["smooth"]
-            total.backward()  # type: ignore[no-untyped-call]
-            return values
+            losses = self.losses(images, scene)
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            return losses.values()
+        values: dict[str, float] = {}
         gradient = torch.empty_like(images)
-        state = swing.get_state() if swing is not None else None
+        state = scene.swing.get_state() if scene.swing is not None else None
         for first in range(0, count, piece):
-            if swing is not None and state is not None:
-                swing.set_state(state)  # every piece of a step sees the same shifts
+            if scene.swing is not None and state is not None:
+                scene.swing.set_state(state)  # every piece of a step sees the same shifts
             part = images.detach()[first : first + piece].requires_grad_()
-            losses = self.losses(part, swing, batch=count, first=first)
+            losses = self.losses(part, scene, first=first)
             losses.total.backward()  # type: ignore[no-untyped-call]
             assert part.grad is not None
             gradient[first : first + piece] = part.grad
@@ -153,6 +231,22 @@ class Objective:
                 values[name] = values.get(name, 0.0) + value
         images.grad = gradient
         return values
+
+    @torch.no_grad()
+    def values(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Values of the network, batch norms included, for images in its input space, on the device."""
+        from zsq_deploy.model import Twin
+
+        assert self.context is not None
+        if self._plain is None:  # the graph that synthesis runs has lost the values that were fused
+            self._plain = Twin(self.context.model.graph, dtype=self.dtype, device=self.device)
+        pieces = [
+            self._plain.run({self._input: part.to(self.device)}, fetch=tuple(names))
+            for part in torch.split(images, self.piece or len(images))
+        ]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in names}
+
+    _plain: Any = None
 
 
 @dataclass
@@ -167,6 +261,9 @@ class BatchRun:
         step: Steps done.
         finished: Whether it ended.
         values: The latest losses.
+        memory: What earlier batches left.
+        previous: What the same batch left in the stage before.
+        stage: Distinguishes the random numbers of several stages; empty for the first.
     """
 
     objective: Objective
@@ -176,25 +273,53 @@ class BatchRun:
     step: int = 0
     finished: bool = False
     values: dict[str, float] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    previous: Mapping[str, Tensor] = field(default_factory=dict)
+    stage: str = ""
 
     def __post_init__(self) -> None:
-        recipe = self.objective.recipe
-        start = batch_generator(self.seed, "images", self.index)
-        self.parametrisation = recipe.parametrise(self.shape, start, self.objective.device)
-        self._swing = batch_generator(self.seed, "swing", self.index)
+        objective, recipe = self.objective, self.objective.recipe
+        context = objective.context
+        labels = context.labels if context is not None else None
+        self.targets: Targets | None = None
+        if recipe.targets is not None:
+            assert labels is not None
+            self.targets = recipe.targets(self.shape[0], labels.classes, self._random("labels")).to(objective.device)
+        start = Start(
+            self.shape,
+            self._random("images"),
+            objective.device,
+            targets=self.targets,
+            labels=labels,
+            prepared=context.prepared if context is not None else {},
+            previous=self.previous,
+        )
+        self.parametrisation = recipe.parametrise(start)
+        self._swing, self._augment = self._random("swing"), self._random("augment")
         self._groups = self.parametrisation.groups()
         if set(self._groups) != set(recipe.groups):
             raise ValueError(
                 f"the recipe has settings for {set(recipe.groups)}, the parameters are {set(self._groups)}"
             )
-        self._optimisers = {
-            name: torch.optim.Adam(
-                tensors, lr=recipe.groups[name].rate, betas=recipe.groups[name].betas, fused=_fused(tensors)
-            )
-            for name, tensors in self._groups.items()
-        }
+        self._optimisers = {name: _optimiser(recipe.groups[name], tensors) for name, tensors in self._groups.items()}
         self._schedules = {name: ScheduleState() for name in self._groups}
         self._stop = ScheduleState()
+
+    def _random(self, purpose: str) -> torch.Generator:
+        return batch_generator(self.seed, f"{self.stage}{purpose}", self.index)
+
+    def _scene(self) -> Scene:
+        """The choices of the step that comes."""
+        recipe = self.objective.recipe
+        plans = [augment.draw(self.shape, self._augment, self.step, recipe.steps) for augment in recipe.augment]
+        return Scene(
+            self.shape[0],
+            self.step,
+            swing=self._swing,
+            plans=plans,
+            targets=getattr(self.parametrisation, "targets", None) or self.targets,
+            memory=self.memory,
+        )
 
     def advance(self) -> dict[str, float]:
         """One step.
@@ -206,7 +331,7 @@ class BatchRun:
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         images = self.parametrisation.images()
-        values = self.objective.backward(images, self._swing)
+        values = self.objective.backward(images, self._scene())
         loss = values["loss"]
         if not np.isfinite(loss):
             raise CalibrationError(
@@ -237,6 +362,15 @@ class BatchRun:
             images = space.bounded(images)
         return images.to("cpu", torch.float32).contiguous()
 
+    def left_behind(self) -> dict[str, Tensor]:
+        """What the finished batch leaves to later ones, on the CPU: the memory as it is from here on."""
+        recipe = self.objective.recipe
+        if recipe.remember is None:
+            return dict(self.memory)
+        images = self.images().to(self.objective.device)
+        finished = Finished(images, self.targets, self.memory, lambda names: self.objective.values(images, names))
+        return {name: value.detach().cpu() for name, value in recipe.remember(finished).items()}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that :meth:`load` needs to go on exactly here: tensors, and plain values."""
         tensors = {f"parameters.{name}": value for name, value in self.parametrisation.state().items()}
@@ -245,6 +379,7 @@ class BatchRun:
                 for key, value in optimiser.state.get(tensor, {}).items():
                     tensors[f"adam.{name}.{number}.{key}"] = torch.as_tensor(value)
         tensors["random.swing"] = self._swing.get_state()
+        tensors["random.augment"] = self._augment.get_state()
         plain = {
             "index": self.index,
             "step": self.step,
@@ -269,6 +404,7 @@ class BatchRun:
                 if found:
                     optimiser.state[tensor] = {key: _like(value, tensor) for key, value in found.items()}
         self._swing.set_state(tensors["random.swing"])
+        self._augment.set_state(tensors["random.augment"])
         self._schedules = {name: ScheduleState.unpack(numbers) for name, numbers in plain["schedules"].items()}
         self._stop = ScheduleState.unpack(plain["stop"])
         self.step, self.finished, self.values = plain["step"], plain["finished"], dict(plain["values"])
@@ -279,6 +415,13 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
     if value.shape == tensor.shape:
         return torch.empty_like(tensor).copy_(value)
     return value.clone() if tensor.device.type == "cpu" else value.to(tensor.device)
+
+
+def _optimiser(group: Group, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    rate = group.schedule.after(0, -math.inf, group.rate, ScheduleState())
+    if group.optimiser == "radam":
+        return torch.optim.RAdam(tensors, lr=rate, betas=group.betas)
+    return torch.optim.Adam(tensors, lr=rate, betas=group.betas, fused=_fused(tensors))
 
 
 def _fused(tensors: list[Tensor]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["ImageGenerator", "LatentImages", "Parametrisation", "Pixels", "upsampled_conv"]
+from zsq_deploy.calib.parts.labels import LabelSpace, Targets
+
+__all__ = ["ImageGenerator", "LatentImages", "Parametrisation", "Pixels", "Start", "pixels", "upsampled_conv"]
 
 _SEED = 16  # pixels of the seed map when the number of upsamplings is left open
 
@@ -34,6 +37,30 @@ class Parametrisation(Protocol):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a state."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the parameters of a batch start from.
+
+    Attributes:
+        shape: Of the images [N, C, ...].
+        generator: Source of everything random, on the CPU.
+        device: Where they live.
+        targets: What the images are asked to be.
+        labels: The network's classes.
+        prepared: What the recipe's `prepare` left.
+        previous: For a later stage: ``images`` [N, C, ...] in the network's input space and ``parameters.*`` of the same batch in the stage
+            before; empty where that stage made other batches.
+    """
+
+    shape: tuple[int, ...]
+    generator: torch.Generator
+    device: torch.device
+    targets: Targets | None = None
+    labels: LabelSpace | None = None
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    previous: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Pixels:
@@ -67,6 +94,11 @@ class Pixels:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a state."""
         self.pixels.copy_(state["pixels"])
+
+
+def pixels(start: Start) -> Pixels:
+    """Pixels that start as noise, for a recipe."""
+    return Pixels(start.shape, start.generator, start.device)
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

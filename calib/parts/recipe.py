@@ -2,65 +2,139 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-import torch
+from torch import Tensor
 
+from zsq_deploy.calib.parts.augment import Augment
 from zsq_deploy.calib.parts.bn_loss import BNLoss
-from zsq_deploy.calib.parts.parametrisations import Parametrisation
+from zsq_deploy.calib.parts.labels import LabelSpace, TargetRule, Targets
+from zsq_deploy.calib.parts.parametrisations import Parametrisation, Start
 from zsq_deploy.calib.parts.schedules import Constant, EarlyStop, Schedule
+from zsq_deploy.calib.parts.terms.base import Context, Term, describe_value
 from zsq_deploy.errors import UsageError
+from zsq_deploy.progress import SILENT, Progress
 
-__all__ = ["Group", "Recipe", "resolve"]
+__all__ = ["Finished", "Group", "Preparation", "Recipe", "describe", "resolve", "stages"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """How Adam moves one group of parameters.
+    """How one group of parameters is moved.
 
     Attributes:
         rate: Step size at the start.
-        betas: Adam's two decay rates.
+        betas: The optimiser's two decay rates.
         schedule: How the step size goes on.
+        optimiser: ``adam``, or ``radam`` (Liu et al., ICLR 2020, arXiv 1908.03265).
     """
 
     rate: float
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Schedule = field(default_factory=Constant)
+    optimiser: Literal["adam", "radam"] = "adam"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a recipe's `prepare` may use, once, before its first batch.
+
+    Attributes:
+        context: The network, without anything prepared.
+        images: How many images the run is to make.
+        batch_size: Most of them in one batch.
+        previous: The finished batches of the stage before, each with ``images`` [n, C, ...] in the network's input space and
+            ``parameters.*`` (what its parametrisation's ``state`` gave); empty in the first stage.
+        progress: Where to report.
+    """
+
+    context: Context
+    images: int
+    batch_size: int
+    previous: Sequence[Mapping[str, Tensor]] = ()
+    progress: Progress = SILENT
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished batch, as a recipe's `remember` sees it.
+
+    Attributes:
+        images: In the network's input space, on the device [n, C, ...].
+        targets: What they were asked to be.
+        memory: What earlier batches left.
+        values: Computes values of the network for these images, by name, without gradients.
+    """
+
+    images: Tensor
+    targets: Targets | None
+    memory: Mapping[str, Tensor]
+    values: Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to make images from a network.
+    """One way to make images from a network, or one stage of it.
 
     Attributes:
-        loss: The batch-norm-statistics loss.
-        parametrise: Makes the parameters of a batch from (shape, random generator, device).
+        loss: The batch-norm-statistics loss; ``None``: none.
+        parametrise: Makes the parameters of a batch.
         groups: Optimiser settings per parameter group.
         steps: Most steps per batch.
         batch_size: Images that are made together.
         stop: When to stop before `steps`; ``None``: never.
         clip: Keep images within the bounds of valid pixels.
         swing: Reach of swing convolution in pixels; 0: off.
-        total_variation: Weight of the total variation of the images.
+        loss_weight: Weight of the batch-norm-statistics loss.
+        terms: Further parts of the loss.
+        augment: Changes of the images in front of the network, in this order.
+        targets: What the images of a batch are asked to be; ``None``: nothing.
+        prepare: What is computed once before the first batch; terms find it in their context, parameters in their start.
+        remember: What a finished batch leaves to the later ones; terms find it in every look. Batches then depend on their order.
+        images: Images that this stage makes, from those asked for and the network's classes; ``None``: those asked for.
     """
 
-    loss: BNLoss
-    parametrise: Callable[[tuple[int, ...], torch.Generator, torch.device], Parametrisation]
+    loss: BNLoss | None
+    parametrise: Callable[[Start], Parametrisation]
     groups: Mapping[str, Group]
     steps: int
     batch_size: int
     stop: EarlyStop | None = None
     clip: bool = True
     swing: int = 0
-    total_variation: float = 0.0
+    loss_weight: float = 1.0
+    terms: tuple[Term, ...] = ()
+    augment: tuple[Augment, ...] = ()
+    targets: TargetRule | None = None
+    prepare: Callable[[Preparation], Mapping[str, Tensor]] | None = None
+    remember: Callable[[Finished], Mapping[str, Tensor]] | None = None
+    images: Callable[[int, LabelSpace | None], int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names) or {"loss", "mean", "spread", "input"} & set(names):
+            raise ValueError(f"the names of a recipe's terms have to differ: {names}")
+        if self.loss is None and not self.terms:
+            raise ValueError("a recipe needs something to optimise")
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over images, so that a batch can be worked through in pieces with the same result."""
+        return (self.loss is None or self.loss.separable) and all(term.separable for term in self.terms)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the network has to be a classifier."""
+        return self.targets is not None or any(term.needs_labels for term in self.terms)
+
+
+def stages(made: Recipe | Sequence[Recipe]) -> tuple[Recipe, ...]:
+    """The stages of a method, one or several."""
+    return (made,) if isinstance(made, Recipe) else tuple(made)
 
 
 def resolve(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -97,19 +171,29 @@ def _cast(method: str, name: str, value: Any, default: Any) -> Any:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe as plain values, for a manifest."""
-    return {
-        "loss": recipe.loss.as_parameters(),
+    described: dict[str, Any] = {
+        "loss": None if recipe.loss is None else recipe.loss.as_parameters(),
         "groups": {
             name: {
                 "rate": group.rate,
                 "betas": list(group.betas),
-                "schedule": {"kind": type(group.schedule).__name__.lower(), **_fields(group.schedule)},
+                "optimiser": group.optimiser,
+                "schedule": {
+                    **describe_value(group.schedule),
+                    "kind": type(group.schedule).__name__.lower(),
+                },
             }
             for name, group in recipe.groups.items()
         },
-        "early_stop": None if recipe.stop is None else _fields(recipe.stop),
+        "early_stop": None
+        if recipe.stop is None
+        else {name: value for name, value in describe_value(recipe.stop).items() if name != "kind"},
     }
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return dataclasses.asdict(value)
+    if recipe.terms:
+        described["loss_weight"] = recipe.loss_weight
+        described["terms"] = describe_value(recipe.terms)
+    if recipe.augment:
+        described["augment"] = describe_value(recipe.augment)
+    if recipe.targets is not None:
+        described["targets"] = describe_value(recipe.targets)
+    return described

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Constant", "EarlyStop", "Exponential", "Plateau", "Schedule", "ScheduleState"]
+__all__ = ["Constant", "Cosine", "EarlyStop", "Exponential", "Milestones", "Plateau", "Schedule", "ScheduleState"]
 
 
 @dataclass
@@ -33,7 +33,10 @@ class Schedule(Protocol):
     """Step size as a function of the steps done and the losses seen."""
 
     def after(self, step: int, loss: float, base: float, state: ScheduleState) -> float:
-        """The step size to use after step `step` (counted from 1) ended with `loss`."""
+        """The step size to use after `step` steps, the last of which had this `loss`.
+
+        For the first step it is asked with 0 steps and a loss of minus infinity.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,38 @@ class Exponential:
         """The step size after `step` steps."""
         del loss, state
         return float(base * self.factor ** (step // self.every))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Rise linearly for `warmup` steps, then fall to zero along half a cosine until `steps` (DeepInversion, PSAQ-ViT).
+
+    Step k (counted from 0) of the rise has the factor (k + 1) / warmup, step k behind it (1 + cos(pi (k - warmup) / (steps - warmup))) / 2.
+    """
+
+    steps: int
+    warmup: int = 0
+
+    def after(self, step: int, loss: float, base: float, state: ScheduleState) -> float:
+        """The step size of step `step`, counted from 0."""
+        del loss, state
+        if step < self.warmup:
+            return base * (step + 1) / self.warmup
+        part = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return base * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """Multiply the step size by `factor` after each of the given numbers of steps."""
+
+    at: tuple[int, ...]
+    factor: float = 0.1
+
+    def after(self, step: int, loss: float, base: float, state: ScheduleState) -> float:
+        """The step size after `step` steps."""
+        del loss, state
+        return float(base * self.factor ** sum(step >= at for at in self.at))
 
 
 @dataclass(frozen=True)

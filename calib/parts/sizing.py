@@ -43,7 +43,7 @@ def largest_batch(
     Both depend on the network and the machine's total memory only, not on what is free at the moment.
     """
     if fixed is not None:  # a network that takes one batch size only
-        if objective.recipe.loss.separable:
+        if objective.recipe.separable:
             return max(fixed, wanted // fixed * fixed), fixed, None
         note = (
             f"the network takes batches of {fixed} only, so statistics are matched over {fixed} image(s) at a time instead "
@@ -53,7 +53,7 @@ def largest_batch(
     kept = _probe(objective, shape, device)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
     fits = max(1, int(_MEMORY_SHARE * total / max(kept, 1)))
-    if objective.recipe.loss.separable:
+    if objective.recipe.separable:
         piece = fits if device.type == "cuda" else max(_SMALLEST_PIECE, _PIECE_BYTES // kept)
         return wanted, min(piece, fits), None
     if wanted <= fits:
@@ -79,7 +79,7 @@ def _probe(objective: Objective, shape: tuple[int, ...], device: torch.device) -
     if noise.dim() == 4:
         noise = noise.to(memory_format=torch.channels_last)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = objective.losses(noise.requires_grad_(), torch.Generator().manual_seed(0))
+        losses = objective.losses(noise.requires_grad_(), objective.rehearsal(tuple(noise.shape)))
     del losses
     # Gradients, temporaries and the allocator's slack come on top of what is kept.
     return int(1.5 * sum(seen.values()) / 2) + 1
