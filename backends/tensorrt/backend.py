@@ -1,7 +1,7 @@
 """What this runtime offers, under the names that every runtime uses (see :class:`zsq_deploy.backends.Backend`).
 
-It builds: a Q/DQ graph by NVIDIA's rules, checked, in a folder with scripts for the device. It does not run: that needs TensorRT on the
-device.
+It builds: a Q/DQ graph by NVIDIA's rules, checked, in a folder with scripts for the device. Where TensorRT and a GPU are, it also makes the
+engine of it (:func:`prepare`), runs and measures it; elsewhere :func:`check_runs` says what to do instead.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from zsq_deploy.backends.tensorrt.runner import (
     float_modes,
     integer_reference,
     missing_features,
+    prepare,
     runner,
 )
 from zsq_deploy.model.graph import Graph
@@ -43,6 +44,7 @@ __all__ = [
     "lint",
     "missing_features",
     "options_from",
+    "prepare",
     "runner",
     "write_bundle",
 ]

@@ -27,8 +27,8 @@ a generation read less, so the graphs written here stay at the operator set of t
 
 _GENERATION = "generation"
 _ON_DEVICE = (
-    "The Q/DQ graph and the scripts are made here; the engine is built, run and measured on the device itself, because an "
-    "engine fits one GPU and one version of TensorRT."
+    "The Q/DQ graph and the scripts are made anywhere; the engine is built, run and measured on the device itself, because it fits one "
+    "GPU and one version of TensorRT: by zsq deploy where it finds both, else by the folder's scripts."
 )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-__all__ = ["CALLING", "GENERATIONS", "SETUP", "VIRTUAL", "Bindings", "bindings"]
+__all__ = ["CALLING", "GENERATIONS", "SETUP", "VIRTUAL", "Bindings", "bindings", "compiled"]
 
 GENERATIONS = (10, 11)
 _HERE = Path(__file__).parent / "tensorrt_stubs"
@@ -128,6 +128,15 @@ class Bindings:
 
 
 _missing: dict[int, str] = {}
+
+
+def compiled(source: Path, library: Path) -> Path:
+    """A shared library from a C file; skips the test (or fails it) where there is no compiler."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        _unavailable("there is no C compiler for the stand-ins of its libraries")
+    subprocess.run([str(compiler), "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return library
 
 
 def _unavailable(reason: str, generation: int | None = None) -> None:

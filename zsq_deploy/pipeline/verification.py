@@ -40,7 +40,7 @@ from zsq_deploy.verify import (
     walk_fused,
 )
 
-__all__ = ["Evidence", "batch_for", "measure_latency", "output_steps", "verify_engine"]
+__all__ = ["Evidence", "batch_for", "measure_latency", "output_steps", "prepared", "verify_engine"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -145,6 +145,19 @@ def twin_predictor(graph: Graph, *, dtype: torch.dtype, device: str | None = Non
     return twin, predict
 
 
+def prepared(engine: Engine, progress: Progress) -> Engine:
+    """The engine with what has to be built on this very machine before it can be run.
+
+    A runtime whose engines fit one device only (TensorRT) builds them in a function ``prepare(engine, progress=...)`` of its module
+    ``backend``.
+    """
+    prepare = getattr(get_backend(engine.target), "prepare", None)
+    if prepare is None:
+        return engine
+    made: Engine = prepare(engine, progress=progress)
+    return made
+
+
 def verify_engine(
     model: Model,
     engine: Engine,
@@ -172,6 +185,7 @@ def verify_engine(
     """
     target = engine.target
     backend = get_backend(target)
+    engine = prepared(engine, progress)
     size = batch_for(model)
     not_measured: dict[str, str] = {}
     engine_runner = backend.runner(engine.path, target, threads=threads)
@@ -305,6 +319,7 @@ def measure_latency(
     """Engine, fp32 and best float mode in fresh processes, in turn: ``targets.<T>.latency``."""
     factory = f"zsq_deploy.backends.{engine.target.runtime}.runner:open_runner"
     backend = get_backend(engine.target)
+    engine = prepared(engine, progress)
     preload: Sequence[str] = (f"zsq_deploy.backends.{engine.target.runtime}.runner",)
 
     def spec(path: Path, mode: str, words: str, session: Mapping[str, Any] | None = None) -> RunnerSpec:
