@@ -32,9 +32,12 @@ from torch import Tensor
 
 from zsq_deploy.calib.parts.moments import count_of, watch
 
-__all__ = ["LAYER_WEIGHTS", "BNLayer", "BNLoss", "BNMatcher", "Losses", "Observed"]
+__all__ = ["LAYER_WEIGHTS", "SLACK", "BNLayer", "BNLoss", "BNMatcher", "Losses", "Observed"]
 
 Float64 = npt.NDArray[np.float64]
+
+#: Name under which a recipe's `prepare` leaves the slack of a ``hinge`` loss: [layers, 2], see :attr:`BNMatcher.slack`.
+SLACK = "slack"
 
 #: Weight of layer `index` among `total`, by name.
 LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
@@ -197,7 +200,7 @@ class BNMatcher:
         self._device, self._dtype = torch.device(device), dtype
         self._bounds, self._owned = dict(bounds or {}), owned
         self._joins, self._addends = dict(joins or {}), frozenset((joins or {}).values())
-        self._slack: list[tuple[Tensor, Tensor]] | None = None
+        self._slack: Tensor | None = None
         self._groups: dict[tuple[bool, ...], list[tuple[_Group, dict[str, Tensor]]]] = {}
         self._values = tuple(dict.fromkeys(layer.value for layer in self.layers))
         self._affine = {
@@ -260,13 +263,20 @@ class BNMatcher:
                 for index, (a, b) in zip(group.layers, parts, strict=True):
                     gaps[index].append((a.abs().flatten(), b.abs().flatten()))
         quantile = self.loss.slack_quantile
-        self._slack = [
-            (
-                torch.quantile(torch.cat([a for a, _ in pieces]), quantile),
-                torch.quantile(torch.cat([b for _, b in pieces]), quantile),
-            )
-            for pieces in gaps
-        ]
+        rows = [[torch.quantile(torch.cat(list(side)), quantile) for side in zip(*pairs, strict=True)] for pairs in gaps]
+        self._slack = torch.stack([torch.stack(row) for row in rows])
+
+    @property
+    def slack(self) -> Tensor | None:
+        """For ``hinge``: what gaps of mean and of spread each layer is forgiven [layers, 2]."""
+        return self._slack
+
+    @slack.setter
+    def slack(self, slack: Tensor) -> None:
+        if slack.shape != (len(self.layers), 2):
+            wanted = f"slack for {len(self.layers)} layers has {len(self.layers)} rows of 2"
+            raise ValueError(f"{wanted}, not the shape {list(slack.shape)}")
+        self._slack = slack.to(self._device, self._dtype)
 
     def _bound(self, observed: Mapping[str, Observed]) -> list[tuple[_Group, dict[str, Tensor]]]:
         """The layers in groups of one form of statistics, with their constants on the device."""
@@ -356,9 +366,9 @@ class BNMatcher:
             if loss.norm == "hinge":
                 if self._slack is None:
                     raise ValueError("the hinge needs its slack: call set_slack with what noise inputs produce")
-                rows = [self._slack[index] for index in group.layers]
-                a = (a.abs() - torch.stack([x for x, _ in rows])[tensors["segment"]]).clamp_min(0)
-                b = (b.abs() - torch.stack([x for _, x in rows])[tensors["segment"]]).clamp_min(0)
+                slack = self._slack[group.layers][tensors["segment"]]
+                a = (a.abs() - slack[:, 0]).clamp_min(0)
+                b = (b.abs() - slack[:, 1]).clamp_min(0)
             a, b = a.square(), b.square()
         if loss.norm == "l2":
             weights = group.layer_weights

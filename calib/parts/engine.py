@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zsq_deploy.calib.parts.augment import Plan
-from zsq_deploy.calib.parts.bn_loss import BNLayer, BNMatcher, Observed
+from zsq_deploy.calib.parts.bn_loss import SLACK, BNLayer, BNMatcher, Observed
 from zsq_deploy.calib.parts.labels import Targets
 from zsq_deploy.calib.parts.moments import watch
 from zsq_deploy.calib.parts.network import SynthesisNetwork
@@ -138,6 +138,8 @@ class Objective:
                 joins=network.joins,
                 owned=network.owned,
             )
+            if recipe.loss.norm == "hinge" and context is not None and SLACK in context.prepared:
+                self.matcher.slack = context.prepared[SLACK]
         if recipe.terms and context is None:
             raise ValueError("a recipe with terms needs a context to bind them to")
         self.terms = [(term, term.bind(context)) for term in recipe.terms if context is not None]
@@ -368,7 +370,11 @@ class BatchRun:
         if recipe.remember is None:
             return dict(self.memory)
         images = self.images().to(self.objective.device)
-        finished = Finished(images, self.targets, self.memory, lambda names: self.objective.values(images, names))
+        context = self.objective.context
+        assert context is not None
+        finished = Finished(
+            images, self.targets, self.memory, lambda names: self.objective.values(images, names), context
+        )
         return {name: value.detach().cpu() for name, value in recipe.remember(finished).items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from zsq_deploy.model.graph import Graph, TensorSpec, attributes
 
-__all__ = ["LabelSpace", "Targets", "balanced", "find_labels", "uniform"]
+__all__ = ["LabelSpace", "Softened", "TargetRule", "Targets", "balanced", "find_features", "find_labels", "uniform"]
 
 _SAME_NUMBERS = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Dropout")
+# What may stand between the last weights and the class scores without making other features of them.
+_BEHIND_WEIGHTS = (*_SAME_NUMBERS, "Add", "GlobalAveragePool", "AveragePool", "ReduceMean", "Relu", "Clip")
+_WEIGHTS = ("Gemm", "MatMul", "Conv")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Targets:
 
     Attributes:
         classes: Class of each image, int64 [N].
-        soft: Wanted probabilities [N, C]; ``None``: all of it on the class.
+        soft: Wanted probabilities [N, C]; ``None``: all of it on the class. Rows may sum to less than 1 for terms that look at the
+            class's own probability only (IntraQ).
     """
 
     classes: Tensor
@@ -81,6 +85,33 @@ def balanced(count: int, classes: int, generator: torch.Generator) -> Targets:
     return Targets(order[torch.randperm(count, generator=generator)])
 
 
+@dataclass(frozen=True)
+class Softened:
+    """Classes drawn uniformly; a share of the images is asked to be only nearly certain (IntraQ, arXiv 2111.09136, section 3.4).
+
+    Such an image is asked for a probability of its class that is drawn uniformly from `low` to 1; nothing is said of the others.
+
+    Attributes:
+        low: Least probability that is asked for.
+        share: Of images that are softened, on average.
+    """
+
+    low: float
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low <= 1 and 0 <= self.share <= 1):
+            raise ValueError("the least probability and the share of softened images lie between 0 and 1")
+
+    def __call__(self, count: int, classes: int, generator: torch.Generator) -> Targets:
+        """Targets of `count` images."""
+        chosen = torch.randint(classes, (count,), generator=generator)
+        asked = self.low + (1 - self.low) * torch.rand(count, generator=generator)
+        softened = torch.rand(count, generator=generator) < self.share
+        asked = torch.where(softened, asked, torch.ones(()))
+        return Targets(chosen, torch.zeros(count, classes).scatter_(1, chosen[:, None], asked[:, None]))
+
+
 def find_labels(graph: Graph, outputs: tuple[TensorSpec, ...]) -> LabelSpace | None:
     """The class scores of a network, or ``None`` for one that is no classifier.
 
@@ -108,3 +139,26 @@ def find_labels(graph: Graph, outputs: tuple[TensorSpec, ...]) -> LabelSpace | N
         at = node.input[0]
     maker = graph.producer(value)
     return LabelSpace(value, classes, maker.name if maker is not None else "")
+
+
+def find_features(graph: Graph, labels: LabelSpace) -> str:
+    """Name of the value that the last weights of a classifier read: its features, [N, F] or [N, F, ...] (to be pooled).
+
+    A network without weights behind its last pooling (class scores that are pooled maps) has its class scores as features.
+
+    Args:
+        graph: The network, as it came or as synthesis runs it; names differ between the two.
+        labels: Its class scores.
+    """
+    at = labels.value
+    while (node := graph.producer(at)) is not None:
+        if node.op_type in _WEIGHTS:
+            weights = [index for index, name in enumerate(node.input[:2]) if graph.constant(name) is not None]
+            return node.input[1] if weights == [0] else node.input[0]
+        if node.op_type not in _BEHIND_WEIGHTS:
+            break
+        data = [name for name in node.input if name and graph.constant(name) is None]
+        if len(data) != 1:
+            break  # a sum of two branches
+        at = data[0]
+    return labels.value

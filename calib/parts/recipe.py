@@ -67,12 +67,14 @@ class Finished:
         targets: What they were asked to be.
         memory: What earlier batches left.
         values: Computes values of the network for these images, by name, without gradients.
+        context: The network, whose value names `values` takes.
     """
 
     images: Tensor
     targets: Targets | None
     memory: Mapping[str, Tensor]
     values: Callable[[Sequence[str]], Mapping[str, Tensor]]
+    context: Context
 
 
 @dataclass(frozen=True)
