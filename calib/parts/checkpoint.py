@@ -5,7 +5,7 @@
     run.json                 what the run is (network, method, parameters, seed, ...) and its digest
     prepared.safetensors     what was computed before the first batch, for methods that do that
     batch-00000.safetensors  a finished batch, and what it leaves to the later ones
-    current.safetensors      the batch that is being made: parameters, optimisers, random state, schedules
+    current-00003.safetensors  a batch that is being made: parameters, optimisers, random state, schedules
 
 All files are written atomically, and a batch's file appears before the state of the next one, so whenever the process ends, what is
 there is one consistent state. Methods of several stages keep the later ones in folders of the same form, ``stage-1`` and so on.
@@ -45,6 +45,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any], *, resume: bool) -> None:
         self.folder = folder
+        self._held: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         if folder is None:
             return
         record = json.loads(json.dumps({"run": dict(run), "digest": digest_json(dict(run))}))
@@ -69,9 +70,8 @@ class Checkpoint:
     def _batch(self, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"batch-{index:05d}.safetensors"
 
-    @property
-    def _current(self) -> Path | None:
-        return None if self.folder is None else self.folder / "current.safetensors"
+    def _current(self, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"current-{index:05d}.safetensors"
 
     @property
     def _prepared(self) -> Path | None:
@@ -87,26 +87,36 @@ class Checkpoint:
         return None if found is None else found[0]
 
     def save_batch(self, index: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Keep a finished batch; the state of the current one is no longer needed."""
-        _write(self._batch(index), tensors, plain)
-        if self._current is not None:
-            self._current.unlink(missing_ok=True)
+        """Keep a finished batch (in memory if there is no folder); the state in which it was under way is no longer needed."""
+        path, current = self._batch(index), self._current(index)
+        if path is None:
+            self._held[index] = dict(tensors), dict(plain)
+            return
+        _write(path, tensors, plain)
+        if current is not None:
+            current.unlink(missing_ok=True)
+
+    def has_batch(self, index: int) -> bool:
+        """Whether a batch is finished."""
+        path = self._batch(index)
+        return index in self._held if path is None else path.exists()
 
     def load_batch(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A finished batch, or ``None``."""
-        return _read(self._batch(index))
+        return self._held.get(index) if self.folder is None else _read(self._batch(index))
 
-    def save_current(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Keep the state of the batch that is being made."""
-        _write(self._current, tensors, plain)
+    def save_current(self, index: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Keep the state of a batch that is being made."""
+        _write(self._current(index), tensors, plain)
 
     def load_current(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state of batch `index`, if that is the one that was being made."""
-        found = _read(self._current)
+        """The state of batch `index`, if it was being made."""
+        found = _read(self._current(index))
         return found if found is not None and found[1].get("index") == index else None
 
     def remove(self) -> None:
         """Forget everything: the run is complete."""
+        self._held.clear()
         if self.folder is None or not self.folder.exists():
             return
         for path in _files(self.folder):
@@ -117,7 +127,8 @@ class Checkpoint:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [*folder.glob("batch-*.safetensors"), folder / "current.safetensors", folder / "prepared.safetensors"]
+    kinds = ("batch-*", "current*", "prepared")
+    return [path for kind in kinds for path in folder.glob(f"{kind}.safetensors")]
 
 
 def _write(path: Path | None, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:

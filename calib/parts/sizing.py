@@ -36,23 +36,41 @@ def batch_sizes(images: int, largest: int, unit: int = 1) -> list[int]:
 
 
 def largest_batch(
-    objective: Objective, shape: tuple[int, ...], wanted: int, device: torch.device, fixed: int | None
+    objective: Objective,
+    shape: tuple[int, ...],
+    wanted: int,
+    device: torch.device,
+    fixed: int | None,
+    *,
+    share: float = 1.0,
 ) -> tuple[int, int | None, str | None]:
     """Largest batch and piece for this network and machine, and a note when the batch became smaller than wanted.
 
     Both depend on the network and the machine's total memory only, not on what is free at the moment.
+
+    Args:
+        objective: The loss.
+        shape: Of one image.
+        wanted: Images of a batch.
+        device: Where it is computed.
+        fixed: The only batch size that the network takes; ``None``: any.
+        share: Part of the memory that is for this process.
     """
     if fixed is not None:  # a network that takes one batch size only
-        if objective.recipe.separable:
+        if objective.recipe.separable or objective.recipe.piece:
             return max(fixed, wanted // fixed * fixed), fixed, None
         note = (
             f"the network takes batches of {fixed} only, so statistics are matched over {fixed} image(s) at a time instead "
             f"of {wanted}; export it with a free batch dimension for the published method"
         )
         return fixed, None, note
-    kept = _probe(objective, shape, device)
+    kept = _probe(objective, shape, device) * objective.recipe.passes
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
+    if device.type == "cpu" or torch.cuda.device_count() <= 1:  # several GPUs are not shared
+        total = int(total * share)
     fits = max(1, int(_MEMORY_SHARE * total / max(kept, 1)))
+    if objective.recipe.piece:
+        return wanted, min(objective.recipe.piece, fits), None
     if objective.recipe.separable:
         piece = fits if device.type == "cuda" else max(_SMALLEST_PIECE, _PIECE_BYTES // kept)
         return wanted, min(piece, fits), None

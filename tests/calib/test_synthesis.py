@@ -255,11 +255,12 @@ _CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
+import zsq_deploy.calib.running as running
 import zsq_deploy.calib.synthesis as synthesis
 from zsq_deploy.errors import InterruptedRunError
 from zsq_deploy.model import load_model
 from zsq_deploy.progress import PlainProgress
-synthesis._SAVE_EVERY = 0.0
+running._SAVE_EVERY = 0.0
 try:
     made = synthesis.synthesize(
         load_model(sys.argv[1]), images=6, batch_size=3, device="cpu", workdir=Path(sys.argv[2]), resume=True,
@@ -320,7 +321,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         synthesize(small(), seed=1, resume=True, **common)
     with pytest.raises(StaleArtifactError, match="model"):
         synthesize(small(shape=(8, 8)), seed=0, resume=True, **common)
-    (tmp_path / "current.safetensors").write_bytes(b"nonsense")
+    (tmp_path / "current-00000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(Exception, match="damaged"):
         synthesize(small(), seed=0, resume=True, **common)
     assert len(synthesize(small(), seed=1, **common)) == 4  # without --resume it starts over
