@@ -288,7 +288,7 @@ def _from_cache(trt: Any, cache: CalibrationCache, *, where: str) -> Any:
         )
     # TensorRT ignores a header of another version without a word, and makes up ranges.
     data = cache.for_version(str(trt.__version__)).to_bytes()
-    base = getattr(trt, _CALIBRATORS[cache.algorithm])
+    base: Any = getattr(trt, _CALIBRATORS[cache.algorithm])
 
     class FromCache(base):  # type: ignore[misc]
         """Answers with the cache."""

@@ -225,7 +225,7 @@ class Cuda:
 
 def host_view(address: int, size: int) -> Array:
     """Host memory at an address as bytes (uint8); it is the caller's to keep the memory."""
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def _places() -> Iterator[str]:

@@ -218,7 +218,9 @@ def read_layers(text: str, *, where: str = "engine inspector", profile: int = 0)
 
 
 def _layer(row: Mapping[str, Any], name: str) -> Layer:
-    weights = next((row[key] for key in ("Weights", "ConvWeights") if isinstance(row.get(key), dict)), {})
+    weights: Mapping[str, Any] = next(
+        (row[key] for key in ("Weights", "ConvWeights") if isinstance(row.get(key), dict)), {}
+    )
     return Layer(
         name=name,
         kind=str(row.get("LayerType", "")),
