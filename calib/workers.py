@@ -13,18 +13,18 @@ import pickle
 import queue
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from zsq_deploy import errors
 from zsq_deploy.calib.parts.engine import deterministic
 from zsq_deploy.calib.parts.memory import steady_memory
 from zsq_deploy.calib.running import Run, Stage, Stop, interrupted
 from zsq_deploy.errors import CalibrationError, InterruptedRunError, ZsqError
-from zsq_deploy.progress import SILENT, Silent, Task
+from zsq_deploy.progress import SILENT, Task
 
 __all__ = ["make_batches"]
 
@@ -53,14 +53,6 @@ class _Event:
     def asked(self) -> bool:
         """Whether it is set."""
         return bool(self._event.is_set())
-
-
-class _Quiet(Silent):
-    """Notes and titles are the parent's to show."""
-
-    def task(self, title: str, total: float) -> AbstractContextManager[Task]:
-        """A task that nobody watches."""
-        return SILENT.task(title, total)
 
 
 def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: Task) -> None:
@@ -135,9 +127,9 @@ def _work(packed: bytes, number: int, worker: int, todo: Any, messages: Any, sto
         run: Run = pickle.loads(packed)  # noqa: S301 - our own parent made it
         torch.set_num_threads(run.threads)
         device = run.device
-        if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        if str(device) == "cuda" and torch.cuda.device_count() > 1:  # no number: take turns
             device = torch.device("cuda", worker % torch.cuda.device_count())
-        run = replace(run, device=device, progress=_Quiet(), parameters=MappingProxyType(dict(run.parameters)))
+        run = replace(run, device=device, parameters=MappingProxyType(dict(run.parameters)))
         with deterministic(device), steady_memory():
             stage: Stage | None = None
             for at in range(number + 1):
@@ -168,10 +160,8 @@ def _work(packed: bytes, number: int, worker: int, todo: Any, messages: Any, sto
 
 def _again(kind: str, words: Mapping[str, str | None]) -> ZsqError:
     """A worker's error in this process."""
-    import zsq_deploy.errors as errors
-
     known = getattr(errors, kind, CalibrationError)
-    error: ZsqError = known(words["what"], where=words["where"], remedy=words["remedy"])
+    error: ZsqError = known(words["what"] or "a worker process failed", where=words["where"], remedy=words["remedy"])
     return error
 
 
