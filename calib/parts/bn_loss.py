@@ -44,6 +44,7 @@ LAYER_WEIGHTS: Mapping[str, Callable[[int, int], float]] = {
     "one": lambda _index, _total: 1.0,
     "first_x10": lambda index, _total: 10.0 if index == 0 else 1.0,
     "shallow_0.2_deep_1.1": lambda index, total: 0.2 if index < total // 2 else 1.1,
+    "shallow_0_deep_1": lambda index, total: 0.0 if index < total // 2 else 1.0,
 }
 
 
@@ -66,6 +67,7 @@ class BNLoss:
         layer_weight: Name of a rule in :data:`LAYER_WEIGHTS`.
         reduce: Sum or mean over layers.
         input_prior: Add the same distance for the network's input, against the statistics of natural images.
+        input_layer: Count the network's input as one more layer, in front of the others, with the statistics of natural images.
         slack_quantile: For ``hinge``: the quantile of the gaps that noise inputs produce, per layer.
         emphasis: Image i counts layer (i mod L) twice (DSG's layerwise enhancement).
     """
@@ -80,6 +82,7 @@ class BNLoss:
     layer_weight: str = "one"
     reduce: Literal["sum", "mean"] = "sum"
     input_prior: bool = False
+    input_layer: bool = False
     slack_quantile: float = 0.9
     emphasis: bool = False
 
@@ -263,7 +266,9 @@ class BNMatcher:
                 for index, (a, b) in zip(group.layers, parts, strict=True):
                     gaps[index].append((a.abs().flatten(), b.abs().flatten()))
         quantile = self.loss.slack_quantile
-        rows = [[torch.quantile(torch.cat(list(side)), quantile) for side in zip(*pairs, strict=True)] for pairs in gaps]
+        rows = [
+            [torch.quantile(torch.cat(list(side)), quantile) for side in zip(*pairs, strict=True)] for pairs in gaps
+        ]
         self._slack = torch.stack([torch.stack(row) for row in rows])
 
     @property
@@ -274,8 +279,9 @@ class BNMatcher:
     @slack.setter
     def slack(self, slack: Tensor) -> None:
         if slack.shape != (len(self.layers), 2):
-            wanted = f"slack for {len(self.layers)} layers has {len(self.layers)} rows of 2"
-            raise ValueError(f"{wanted}, not the shape {list(slack.shape)}")
+            raise ValueError(
+                f"slack for {len(self.layers)} layers has {len(self.layers)} rows of 2, not {list(slack.shape)}"
+            )
         self._slack = slack.to(self._device, self._dtype)
 
     def _bound(self, observed: Mapping[str, Observed]) -> list[tuple[_Group, dict[str, Tensor]]]:

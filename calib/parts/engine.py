@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zsq_deploy.calib.parts.all_images import MomentTable
 from zsq_deploy.calib.parts.augment import Plan
 from zsq_deploy.calib.parts.bn_loss import SLACK, BNLayer, BNMatcher, Observed
 from zsq_deploy.calib.parts.labels import Targets
 from zsq_deploy.calib.parts.moments import watch
 from zsq_deploy.calib.parts.network import SynthesisNetwork
-from zsq_deploy.calib.parts.parametrisations import Start
+from zsq_deploy.calib.parts.parametrisations import Finishing, Parametrisation, Renewing, Start
 from zsq_deploy.calib.parts.priors import InputSpace
 from zsq_deploy.calib.parts.recipe import Finished, Group, Recipe
 from zsq_deploy.calib.parts.schedules import ScheduleState
@@ -34,6 +35,7 @@ from zsq_deploy.model.graph import TensorSpec
 __all__ = ["BatchRun", "Objective", "Parts", "Scene", "deterministic"]
 
 _NOTHING = 1e-30
+_INPUT = "the network's input in standard space"
 
 
 @contextlib.contextmanager
@@ -63,6 +65,8 @@ class Scene:
         plans: The choices of each augmentation.
         targets: What the images are asked to be.
         memory: What earlier batches left.
+        source: What the images come from.
+        table: The moments of each piece, for a recipe that works in pieces beside them.
     """
 
     batch: int
@@ -71,6 +75,8 @@ class Scene:
     plans: Sequence[Plan] = ()
     targets: Targets | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    source: Parametrisation | None = None
+    table: MomentTable | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,17 @@ class Parts:
             "loss": float(self.total.detach()),
             **{name: float(part.detach()) for name, part in self.parts.items()},
         }
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the network made of some images."""
+
+    images: Tensor
+    seen: Tensor
+    values: Mapping[str, Tensor]
+    store: Mapping[str, Observed]
+    inputs: Observed | None
 
 
 class Objective:
@@ -127,10 +144,12 @@ class Objective:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._input = spec.name
         self.matcher: BNMatcher | None = None
+        channels = spec.shape[1] if len(spec.shape) > 1 and spec.shape[1] else 1
+        self._prior = BNLayer(_INPUT, _INPUT, np.zeros(channels), np.ones(channels), 0.0)
         if recipe.loss is not None:
             self.matcher = BNMatcher(
                 recipe.loss,
-                network.layers,
+                (self._prior, *network.layers) if recipe.loss.input_layer else network.layers,
                 device=device,
                 dtype=dtype,
                 affine=network.affine,
@@ -144,9 +163,7 @@ class Objective:
             raise ValueError("a recipe with terms needs a context to bind them to")
         self.terms = [(term, term.bind(context)) for term in recipe.terms if context is not None]
         self.fetch = tuple(dict.fromkeys(name for _, bound in self.terms for name in bound.fetch))
-        self.piece = piece if recipe.separable else None
-        channels = spec.shape[1] if len(spec.shape) > 1 and spec.shape[1] else 1
-        self._prior = BNLayer("input", spec.name, np.zeros(channels), np.ones(channels), 0.0)
+        self.piece = piece if recipe.separable or recipe.piece else None
         self._has_prior = recipe.loss is not None and recipe.loss.input_prior and len(spec.shape) > 2
 
     def losses(self, images: Tensor, scene: Scene, *, first: int = 0) -> Parts:
@@ -157,9 +174,48 @@ class Objective:
             scene: The choices of this step.
             first: Index of the first of them in the batch, of which they may be a piece.
         """
-        recipe, store, inputs = self.recipe, dict[str, Observed](), None
-        count = len(images)
+        recipe, count = self.recipe, len(images)
+        what = self._see(images, scene, first)
+        images, store, inputs = what.images, what.store, what.inputs
+        observed: Mapping[str, Observed] = store
+        if scene.table is not None and count < scene.batch:
+            piece = first // (self.piece or count)
+            observed = scene.table.whole(piece, store)
+            scene.table.keep(piece, store)
+        parts: dict[str, Tensor] = {}
+        if self.matcher is not None and recipe.loss_weight:
+            found = self.matcher(
+                observed, batch=scene.batch, first=first, inputs=inputs, input_layer=self._prior if inputs else None
+            )
+            weight = recipe.loss_weight
+            named = {"mean": found.mean, "spread": found.spread, "input": found.input}
+            if scene.table is not None:  # each piece computes the loss of the whole; what is reported is their mean
+                share = count / scene.batch
+                named = {name: part + (share - 1) * part.detach() for name, part in named.items()}
+            parts.update(named if weight == 1 else {name: weight * part for name, part in named.items()})
+        if self.terms:
+            look = Look(
+                images=images,
+                seen=what.seen,
+                values=what.values,
+                observed=observed,
+                targets=None if scene.targets is None else scene.targets.rows(first, count),
+                number=scene.number,
+                steps=recipe.steps,
+                batch=scene.batch,
+                first=first,
+                memory=scene.memory,
+                source=scene.source,
+            )
+            parts.update({term.name: term.weight * bound(look) for term, bound in self.terms})
+        total = sum(parts.values(), torch.zeros((), dtype=self.dtype, device=self.device))
+        return Parts(total, parts)
+
+    def _see(self, images: Tensor, scene: Scene, first: int) -> _Seen:
+        """Show images to the network."""
+        recipe, store, inputs, count = self.recipe, dict[str, Observed](), None, len(images)
         taps = {} if self.matcher is None else dict(self.matcher.taps(store))
+        taps.pop(_INPUT, None)  # not a value of the graph
         if recipe.swing and scene.swing is not None:
             taps.update(swing_taps(self.network.edges, scene.swing, recipe.swing))
         if recipe.clip and images.grad_fn is not None:
@@ -167,34 +223,17 @@ class Objective:
         seen = images
         for augment, plan in zip(recipe.augment, scene.plans, strict=True):
             seen = augment.apply(seen, {name: rows[first : first + count] for name, rows in plan.items()})
+        if recipe.clip_seen:  # the gradient goes through as if nothing had been cut
+            seen = seen + (self.space.clip(seen) - seen).detach()
         if self._has_prior and recipe.loss is not None:
             seen, mean, var = watch(seen, per_sample=True, unbiased=recipe.loss.unbiased)
             inputs = Observed(mean, var)
+        if recipe.loss is not None and recipe.loss.input_layer:
+            each = recipe.loss.per_sample
+            seen, mean, var = watch(seen, per_sample=each, unbiased=recipe.loss.unbiased)
+            store[_INPUT] = Observed(mean, var)
         values = self.twin.run({self._input: self.space.to_network(seen)}, fetch=self.fetch, taps=taps)
-        parts: dict[str, Tensor] = {}
-        if self.matcher is not None:
-            found = self.matcher(
-                store, batch=scene.batch, first=first, inputs=inputs, input_layer=self._prior if inputs else None
-            )
-            weight = recipe.loss_weight
-            named = {"mean": found.mean, "spread": found.spread, "input": found.input}
-            parts.update(named if weight == 1 else {name: weight * part for name, part in named.items()})
-        if self.terms:
-            look = Look(
-                images=images,
-                seen=seen,
-                values=values,
-                observed=store,
-                targets=None if scene.targets is None else scene.targets.rows(first, count),
-                number=scene.number,
-                steps=recipe.steps,
-                batch=scene.batch,
-                first=first,
-                memory=scene.memory,
-            )
-            parts.update({term.name: term.weight * bound(look) for term, bound in self.terms})
-        total = sum(parts.values(), torch.zeros((), dtype=self.dtype, device=self.device))
-        return Parts(total, parts)
+        return _Seen(images, seen, values, store, inputs)
 
     def rehearsal(self, shape: tuple[int, ...]) -> Scene:
         """Choices for a first look at images of this shape, from a fixed seed."""
@@ -204,12 +243,38 @@ class Objective:
         if recipe.targets is not None and labels is not None:
             targets = recipe.targets(shape[0], labels.classes, random).to(self.device)
         plans = [augment.draw(shape, random, 0, recipe.steps) for augment in recipe.augment]
-        return Scene(shape[0], swing=random, plans=plans, targets=targets)
+        return Scene(shape[0], swing=random, plans=plans, targets=self.mixed(targets, plans))
+
+    def mixed(self, targets: Targets | None, plans: Sequence[Plan]) -> Targets | None:
+        """What images are asked to be after augmentations that put one image into another."""
+        labels = self.context.labels if self.context is not None else None
+        if targets is None or labels is None:
+            return targets
+        for augment, plan in zip(self.recipe.augment, plans, strict=True):
+            mix = getattr(augment, "mix", None)
+            if mix is not None:
+                targets = mix(targets, plan, labels.classes)
+        return targets
+
+    @torch.no_grad()
+    def survey(self, images: Tensor, scene: Scene) -> None:
+        """Fill the scene's table with the moments of every piece, before the first step."""
+        assert scene.table is not None
+        piece = self.piece or len(images)
+        state = scene.swing.get_state() if scene.swing is not None else None
+        looking = replace(scene, table=None)
+        for number, first in enumerate(range(0, len(images), piece)):
+            if scene.swing is not None and state is not None:
+                scene.swing.set_state(state)
+            scene.table.keep(number, self._see(images.detach()[first : first + piece], looking, first).store)
+        if scene.swing is not None and state is not None:
+            scene.swing.set_state(state)
 
     def backward(self, images: Tensor, scene: Scene | None = None) -> dict[str, float]:
         """Losses of a batch; their gradient goes to whatever `images` comes from.
 
-        A loss that is a sum over images is worked through in pieces that fit the processor's caches.
+        A loss that is a sum over images is worked through in pieces that fit the processor's caches, and so is one on the statistics of all images
+        beside a table of the pieces' moments.
         """
         count = len(images)
         scene = scene or Scene(count)
@@ -266,6 +331,7 @@ class BatchRun:
         memory: What earlier batches left.
         previous: What the same batch left in the stage before.
         stage: Distinguishes the random numbers of several stages; empty for the first.
+        offset: Images in the batches before this one.
     """
 
     objective: Objective
@@ -278,6 +344,7 @@ class BatchRun:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     previous: Mapping[str, Tensor] = field(default_factory=dict)
     stage: str = ""
+    offset: int = 0
 
     def __post_init__(self) -> None:
         objective, recipe = self.objective, self.objective.recipe
@@ -295,6 +362,7 @@ class BatchRun:
             labels=labels,
             prepared=context.prepared if context is not None else {},
             previous=self.previous,
+            offset=self.offset,
         )
         self.parametrisation = recipe.parametrise(start)
         self._swing, self._augment = self._random("swing"), self._random("augment")
@@ -306,6 +374,12 @@ class BatchRun:
         self._optimisers = {name: _optimiser(recipe.groups[name], tensors) for name, tensors in self._groups.items()}
         self._schedules = {name: ScheduleState() for name in self._groups}
         self._stop = ScheduleState()
+        self.finished = recipe.steps == 0
+        self._table: MomentTable | None = None
+        if recipe.piece:
+            piece = objective.piece or self.shape[0]
+            sizes = tuple(min(piece, self.shape[0] - first) for first in range(0, self.shape[0], piece))
+            self._table = MomentTable(sizes, objective.device, objective.dtype)
 
     def _random(self, purpose: str) -> torch.Generator:
         return batch_generator(self.seed, f"{self.stage}{purpose}", self.index)
@@ -314,13 +388,16 @@ class BatchRun:
         """The choices of the step that comes."""
         recipe = self.objective.recipe
         plans = [augment.draw(self.shape, self._augment, self.step, recipe.steps) for augment in recipe.augment]
+        targets = getattr(self.parametrisation, "targets", None) or self.targets
         return Scene(
             self.shape[0],
             self.step,
             swing=self._swing,
             plans=plans,
-            targets=getattr(self.parametrisation, "targets", None) or self.targets,
+            targets=self.objective.mixed(targets, plans),
             memory=self.memory,
+            source=self.parametrisation,
+            table=self._table,
         )
 
     def advance(self) -> dict[str, float]:
@@ -332,8 +409,12 @@ class BatchRun:
         recipe = self.objective.recipe
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        images = self.parametrisation.images()
-        values = self.objective.backward(images, self._scene())
+        if isinstance(self.parametrisation, Renewing):
+            self.parametrisation.renew()
+        images, scene = self.parametrisation.images(), self._scene()
+        if self._table is not None and not self._table.filled:
+            self.objective.survey(images, scene)
+        values = self.objective.backward(images, scene)
         loss = values["loss"]
         if not np.isfinite(loss):
             raise CalibrationError(
@@ -358,9 +439,10 @@ class BatchRun:
     @torch.no_grad()
     def images(self) -> Tensor:
         """The batch as it is now, in the network's input space, on the CPU, plain layout."""
-        recipe, space = self.objective.recipe, self.objective.space
-        images = space.to_network(self.parametrisation.images().detach())
-        if recipe.clip:
+        recipe, space, made = self.objective.recipe, self.objective.space, self.parametrisation
+        standard = made.finished() if isinstance(made, Finishing) else made.images()
+        images = space.to_network(standard.detach())
+        if recipe.clip or recipe.clip_seen:
             images = space.bounded(images)
         return images.to("cpu", torch.float32).contiguous()
 
@@ -384,6 +466,8 @@ class BatchRun:
             for number, tensor in enumerate(self._groups[name]):
                 for key, value in optimiser.state.get(tensor, {}).items():
                     tensors[f"adam.{name}.{number}.{key}"] = torch.as_tensor(value)
+        if self._table is not None:
+            tensors.update({f"moments.{name}": value for name, value in self._table.state().items()})
         tensors["random.swing"] = self._swing.get_state()
         tensors["random.augment"] = self._augment.get_state()
         plain = {
@@ -409,6 +493,11 @@ class BatchRun:
                 found = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
                 if found:
                     optimiser.state[tensor] = {key: _like(value, tensor) for key, value in found.items()}
+        if self._table is not None:
+            start = "moments."
+            self._table.load(
+                {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            )
         self._swing.set_state(tensors["random.swing"])
         self._augment.set_state(tensors["random.augment"])
         self._schedules = {name: ScheduleState.unpack(numbers) for name, numbers in plain["schedules"].items()}

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,18 @@ from torch.nn import functional as F
 
 from zsq_deploy.calib.parts.labels import LabelSpace, Targets
 
-__all__ = ["ImageGenerator", "LatentImages", "Parametrisation", "Pixels", "Start", "pixels", "upsampled_conv"]
+__all__ = [
+    "Finishing",
+    "ImageGenerator",
+    "LatentImages",
+    "Parametrisation",
+    "Pixels",
+    "Renewing",
+    "Start",
+    "initialise",
+    "pixels",
+    "upsampled_conv",
+]
 
 _SEED = 16  # pixels of the seed map when the number of upsamplings is left open
 
@@ -39,6 +50,22 @@ class Parametrisation(Protocol):
         """Go back to a state."""
 
 
+@runtime_checkable
+class Renewing(Protocol):
+    """A parametrisation that draws something anew for every step, such as the latents that a generator is trained with."""
+
+    def renew(self) -> None:
+        """Draw it; called in front of each step."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A parametrisation whose finished images are not what a step looks at."""
+
+    def finished(self) -> Tensor:
+        """The images to hand over, in standard space."""
+
+
 @dataclass(frozen=True)
 class Start:
     """What the parameters of a batch start from.
@@ -52,6 +79,7 @@ class Start:
         prepared: What the recipe's `prepare` left.
         previous: For a later stage: ``images`` [N, C, ...] in the network's input space and ``parameters.*`` of the same batch in the stage
             before; empty where that stage made other batches.
+        offset: Images in the batches before this one.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +89,7 @@ class Start:
     labels: LabelSpace | None = None
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     previous: Mapping[str, Tensor] = field(default_factory=dict)
+    offset: int = 0
 
 
 class Pixels:
@@ -150,6 +179,20 @@ class _Interleave(torch.autograd.Function):
         return back.permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
+    """Initial weights as torch gives such layers (fan-in uniform, batch norms the identity), from an explicit source."""
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            module.weight.uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                module.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d) and module.affine:
+            module.weight.fill_(1)
+            module.bias.fill_(0)
+
+
 class ImageGenerator(nn.Module):
     """Genie's generator (arXiv 2212.04780): a small upsampling network without labels.
 
@@ -194,20 +237,8 @@ class ImageGenerator(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, device="meta") for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b, track_running_stats=False, device="meta") for b in inner)
         self.to_empty(device="cpu")
-        self._initialise(generator)
+        initialise(self, generator)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @torch.no_grad()
-    def _initialise(self, generator: torch.Generator) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                module.weight.uniform_(-bound, bound, generator=generator)
-                if module.bias is not None:
-                    module.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.weight.fill_(1)
-                module.bias.fill_(0)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Images [N, C, H, W] from latents [N, latent]."""

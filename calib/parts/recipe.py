@@ -82,13 +82,14 @@ class Recipe:
     """One way to make images from a network, or one stage of it.
 
     Attributes:
-        loss: The batch-norm-statistics loss; ``None``: none.
+        loss: The batch-norm-statistics loss; ``None``: none. With a `loss_weight` of 0 the statistics are taken for the terms to see.
         parametrise: Makes the parameters of a batch.
         groups: Optimiser settings per parameter group.
-        steps: Most steps per batch.
+        steps: Most steps per batch; 0: the parameters give the images as they are (a trained generator).
         batch_size: Images that are made together.
         stop: When to stop before `steps`; ``None``: never.
         clip: Keep images within the bounds of valid pixels.
+        clip_seen: Instead, bring what the network is given within them, with the gradient as if it were not, and leave the parameters alone.
         swing: Reach of swing convolution in pixels; 0: off.
         loss_weight: Weight of the batch-norm-statistics loss.
         terms: Further parts of the loss.
@@ -97,6 +98,10 @@ class Recipe:
         prepare: What is computed once before the first batch; terms find it in their context, parameters in their start.
         remember: What a finished batch leaves to the later ones; terms find it in every look. Batches then depend on their order.
         images: Images that this stage makes, from those asked for and the network's classes; ``None``: those asked for.
+        piece: Images that are worked through at a time, each piece beside the remembered moments of the others, so that statistics are those of
+            the whole batch and memory is that of a piece (see :mod:`~zsq_deploy.calib.parts.all_images`); 0: off.
+        passes: Runs of the network over a batch whose activations are kept at once, if a later stage keeps more of them than this one.
+        follows: Make the batches of the stage before again, image by image, instead of cutting anew.
     """
 
     loss: BNLoss | None
@@ -106,6 +111,7 @@ class Recipe:
     batch_size: int
     stop: EarlyStop | None = None
     clip: bool = True
+    clip_seen: bool = False
     swing: int = 0
     loss_weight: float = 1.0
     terms: tuple[Term, ...] = ()
@@ -114,19 +120,34 @@ class Recipe:
     prepare: Callable[[Preparation], Mapping[str, Tensor]] | None = None
     remember: Callable[[Finished], Mapping[str, Tensor]] | None = None
     images: Callable[[int, LabelSpace | None], int] | None = None
+    piece: int = 0
+    passes: int = 1
+    follows: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names) or {"loss", "mean", "spread", "input"} & set(names):
             raise ValueError(f"the names of a recipe's terms have to differ: {names}")
-        if self.loss is None and not self.terms:
+        if self.loss is None and not self.terms and self.steps:
             raise ValueError("a recipe needs something to optimise")
+        if self.piece:
+            sums = all(term.separable for term in self.terms) and not self._mixes
+            if self.loss is None or self.loss.per_sample or self.loss.unbiased or not sums:
+                raise ValueError(
+                    "pieces beside remembered moments need (biased) statistics of the batch, and terms that are sums over images"
+                )
 
     @property
     def separable(self) -> bool:
         """Whether the loss is a sum over images, so that a batch can be worked through in pieces with the same result."""
-        return (self.loss is None or self.loss.separable) and all(term.separable for term in self.terms)
+        sums = (self.loss is None or self.loss.separable) and all(term.separable for term in self.terms)
+        return sums and not self._mixes
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether an augmentation puts one image of the batch into another."""
+        return any(hasattr(augment, "mix") for augment in self.augment)
 
     @property
     def needs_labels(self) -> bool:

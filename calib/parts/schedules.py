@@ -53,13 +53,15 @@ class Constant:
 class Plateau:
     """Divide the step size when the loss has not improved for `patience` steps (ZeroQ, Genie, IntraQ, DSG).
 
-    A loss counts as better when it is below ``best * (1 - threshold)``.
+    A loss counts as better when it is below ``best * (1 - threshold)``. With `reset`, the best loss is forgotten
+    when the step size falls (Sony's data generation).
     """
 
     patience: int = 100
     factor: float = 0.1
     minimum: float = 1e-4
     threshold: float = 1e-4
+    reset: bool = False
 
     def after(self, step: int, loss: float, base: float, state: ScheduleState) -> float:
         """The step size after another loss was seen."""
@@ -70,6 +72,8 @@ class Plateau:
             state.waited += 1
         if state.waited > self.patience:
             state.factor, state.waited = state.factor * self.factor, 0
+            if self.reset:
+                state.best = math.inf
         return max(base * state.factor, min(base, self.minimum))
 
 

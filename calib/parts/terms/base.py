@@ -16,6 +16,7 @@ from torch import Tensor
 from zsq_deploy.calib.parts.bn_loss import Observed
 from zsq_deploy.calib.parts.labels import LabelSpace, Targets
 from zsq_deploy.calib.parts.network import SynthesisNetwork
+from zsq_deploy.calib.parts.parametrisations import Parametrisation
 from zsq_deploy.calib.parts.priors import InputSpace
 from zsq_deploy.model import Model
 from zsq_deploy.model.graph import TensorSpec
@@ -67,6 +68,7 @@ class Look:
         batch: Images in the whole batch.
         first: Index of the first of these in the batch.
         memory: What earlier batches left (see ``Recipe.remember``).
+        source: What the images come from, for terms that look at its neighbourhood; ``None`` in a rehearsal.
     """
 
     images: Tensor
@@ -79,6 +81,7 @@ class Look:
     batch: int
     first: int
     memory: Mapping[str, Tensor]
+    source: Parametrisation | None = None
 
 
 class BoundTerm(Protocol):
