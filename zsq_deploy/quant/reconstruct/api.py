@@ -1,0 +1,451 @@
+"""The two public calls: round to nearest, and reconstruct."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import Protocol as TypingProtocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zsq_deploy.errors import CalibrationError
+from zsq_deploy.model.graph import Graph
+from zsq_deploy.model.model import Model
+from zsq_deploy.model.twin import Twin
+from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.bias import correct_bias
+from zsq_deploy.quant.qdq import PlacementRules
+from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
+from zsq_deploy.quant.reconstruct.cache import Cache
+from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
+from zsq_deploy.quant.reconstruct.learn import BlockLearner, channel_axis, word
+from zsq_deploy.quant.reconstruct.presets import Preset
+from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, Protocol, assign
+from zsq_deploy.quant.reconstruct.runner import Runner
+from zsq_deploy.quant.reconstruct.state import State, initial_state, write
+from zsq_deploy.quant.reconstruct.template import Template, make_template
+from zsq_deploy.quant.scheme import Granularity, Scheme
+from zsq_deploy.quant.statistics import collect, micro_batches
+
+__all__ = ["ACTIVATION", "WEIGHT", "BlockReport", "ImageSet", "Reconstruction", "reconstruct", "round_to_nearest"]
+
+Array = npt.NDArray[Any]
+
+ACTIVATION = Scheme(8, signed=False, symmetric=False)
+"""Activations as most x86 runtimes take them: unsigned, one scale and zero point a tensor."""
+
+WEIGHT = Scheme(8, signed=True, symmetric=True, granularity=Granularity.CHANNEL, restricted=True)
+"""Weights as most runtimes take them: signed, zero point 0, one scale an output channel."""
+
+_MICRO = 32  # images that go through a block at a time where nothing is learned
+
+
+class ImageSet(TypingProtocol):
+    """What this package needs of a calibration set."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Array]]:
+        """The images in order, by input name."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How a block went.
+
+    Attributes:
+        name: Of the block.
+        layers: Nodes with weights in it.
+        before: Loss on all images with the weights and scales that learning started from (inputs already quantized).
+        after: Loss with what was learned, rounding decided.
+        seconds: Wall time.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    before: float
+    after: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """A quantized network.
+
+    Attributes:
+        model: The float network that it was made from.
+        graph: The Q/DQ graph; its twin is the fake-quant reference.
+        template: The places of the quantizers.
+        state: The numbers.
+        assignment: Bits of every tensor.
+        bits: As asked.
+        protocol: What keeps 8 bits.
+        preset: Schedule; empty for rounding to nearest.
+        blocks: One report a block.
+        seconds: Wall time of everything.
+    """
+
+    model: Model
+    graph: Graph
+    template: Template
+    state: State
+    assignment: Assignment
+    bits: Bits
+    protocol: Protocol
+    preset: str
+    blocks: tuple[BlockReport, ...]
+    seconds: float
+
+    @property
+    def description(self) -> str:
+        """The protocol in one sentence, to stand beside every number."""
+        return self.protocol.describe(self.bits)
+
+    def twin(self, *, device: str | torch.device | None = None) -> Twin:
+        """The fake-quant reference."""
+        return Twin(self.graph, device=device)
+
+    def with_int4_weights(self) -> Graph:
+        """The same Q/DQ graph with weights of up to 4 bits stored as INT4 (operator set 21)."""
+        return write(self.template, self.state, int4_weights=True)
+
+
+def _start(
+    model: Model,
+    calibration_set: ImageSet,
+    bits: str | Bits,
+    protocol: str | Protocol,
+    *,
+    graph: Graph | None,
+    rules: PlacementRules | None,
+    activation: Scheme,
+    weight: Scheme,
+    device: torch.device,
+    progress: Progress,
+    power: float,
+    candidates: int,
+) -> tuple[Template, Assignment, State]:
+    """Places of quantizers, their bits, and the numbers to start from."""
+    if len(calibration_set) == 0:
+        raise CalibrationError("there are no images to learn from", where="calibration_set", remedy="give some")
+    folded = graph if graph is not None else model.folded().graph
+    statistics = collect(
+        folded,
+        calibration_set.batches(64),
+        device=device,
+        progress=progress,
+        total=len(calibration_set),
+        set_digest=calibration_set.digest,
+    )
+    template = make_template(folded, statistics.ranges(), activation=activation, weight=weight, rules=rules)
+    assignment = assign(template, Bits.of(bits), Protocol.of(protocol))
+    state = initial_state(template, assignment, statistics, power=power, candidates=candidates)
+    return template, assignment, state
+
+
+def _corrected(
+    template: Template, state: State, calibration_set: ImageSet, device: torch.device, progress: Progress
+) -> State:
+    """The state with biases that take out the mean error of each channel."""
+    biases = correct_bias(
+        template.floating, write(template, state), calibration_set.batches(64), device=device, progress=progress
+    )
+    known = {layer.node for layer in template.layers if layer.bias}
+    changed = {
+        name: np.asarray(array, np.float32).reshape(np.shape(state.biases[name]))
+        for name, array in biases.items()
+        if name in known
+    }
+    return state.updated(biases=changed)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def round_to_nearest(
+    model: Model,
+    calibration_set: ImageSet,
+    bits: str | Bits = "w4a4",
+    protocol: str | Protocol = "ends-8bit",
+    *,
+    graph: Graph | None = None,
+    rules: PlacementRules | None = None,
+    activation: Scheme = ACTIVATION,
+    weight: Scheme = WEIGHT,
+    bias_correction: bool = True,
+    device: str | torch.device | None = None,
+    progress: Progress = SILENT,
+) -> Reconstruction:
+    """Weights rounded to nearest, ranges of the smallest squared error, biases corrected: the cheap quantizer.
+
+    Args:
+        model: The network.
+        calibration_set: Images in network input space (:class:`zsq_deploy.calib.CalibrationSet`, or a part of one).
+        bits: ``w4a4`` and the like, 2 to 8 bits each.
+        protocol: What keeps 8 bits (:data:`~zsq_deploy.quant.reconstruct.protocol.PROTOCOLS`).
+        graph: Deployable float graph to use instead of the model's folded one (a backend may have prepared it).
+        rules: Where Q/DQ may stand.
+        activation: Scheme of 8-bit activations of the target; bits are reduced within it.
+        weight: Scheme of 8-bit weights of the target.
+        bias_correction: Take the mean error of each channel out of the biases.
+        device: Where to compute.
+        progress: Where to report.
+
+    Raises:
+        UsageError: Bits or protocol make no sense.
+        CalibrationError: There are no images.
+        ModelError: Nothing can be quantized.
+    """
+    started = time.monotonic()
+    place = _device(device)
+    chosen = Protocol.of(protocol)
+    template, assignment, state = _start(
+        model,
+        calibration_set,
+        bits,
+        chosen,
+        graph=graph,
+        rules=rules,
+        activation=activation,
+        weight=weight,
+        device=place,
+        progress=progress,
+        power=2.0,
+        candidates=100,
+    )
+    if bias_correction:
+        state = _corrected(template, state, calibration_set, place, progress)
+    return Reconstruction(
+        model=model,
+        graph=write(template, state),
+        template=template,
+        state=state,
+        assignment=assignment,
+        bits=Bits.of(bits),
+        protocol=chosen,
+        preset="",
+        blocks=(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def reconstruct(
+    model: Model,
+    calibration_set: ImageSet,
+    bits: str | Bits = "w4a4",
+    protocol: str | Protocol = "ends-8bit",
+    preset: str | Preset = "fast",
+    seed: int = 0,
+    workdir: Path | str | None = None,
+    resume: bool = False,
+    progress: Progress = SILENT,
+    *,
+    graph: Graph | None = None,
+    rules: PlacementRules | None = None,
+    activation: Scheme = ACTIVATION,
+    weight: Scheme = WEIGHT,
+    memory: int = 1 << 29,
+    device: str | torch.device | None = None,
+) -> Reconstruction:
+    """Learn low-bit weights and activations block by block.
+
+    Args:
+        model: The network.
+        calibration_set: Images in network input space; 1,024 is what papers take.
+        bits: ``w4a4`` and the like, 2 to 8 bits each.
+        protocol: What keeps 8 bits (:data:`~zsq_deploy.quant.reconstruct.protocol.PROTOCOLS`).
+        preset: ``full`` (20,000 steps a block) or ``fast`` (:data:`~zsq_deploy.quant.reconstruct.presets.PRESETS`).
+        seed: Of everything random; the same seed gives the same network on the same machine.
+        workdir: Folder for what was learned, a file a block, and for activations on their way; ``None``: nothing is kept.
+        resume: Go on with what an interrupted run left in `workdir`.
+        progress: Where to report.
+        graph: Deployable float graph to use instead of the model's folded one (a backend may have prepared it).
+        rules: Where Q/DQ may stand.
+        activation: Scheme of 8-bit activations of the target; bits are reduced within it.
+        weight: Scheme of 8-bit weights of the target.
+        memory: Bytes of activations that may stay in memory; more go to files.
+        device: Where to compute.
+
+    Raises:
+        UsageError: Bits, protocol or preset make no sense.
+        CalibrationError: There are no images.
+        ModelError: Nothing can be quantized.
+        OutputExistsError: `workdir` holds a reconstruction, and `resume` was not asked for.
+        StaleArtifactError: `workdir` holds another reconstruction.
+    """
+    started = time.monotonic()
+    place = _device(device)
+    chosen, schedule, wanted = Protocol.of(protocol), Preset.of(preset), Bits.of(bits)
+    template, assignment, state = _start(
+        model,
+        calibration_set,
+        wanted,
+        chosen,
+        graph=graph,
+        rules=rules,
+        activation=activation,
+        weight=weight,
+        device=place,
+        progress=progress,
+        power=schedule.clip_power,
+        candidates=schedule.clip_candidates,
+    )
+    folder = Path(workdir) if workdir is not None else None
+    checkpoints = None
+    if folder is not None:
+        content = {
+            "network": template.floating.digest,
+            "images": calibration_set.digest,
+            "bits": str(wanted),
+            "protocol": dataclasses.asdict(chosen),
+            "preset": dataclasses.asdict(schedule),
+            "seed": seed,
+            "activation": str(activation),
+            "weight": str(weight),
+            "rules": repr(rules),
+        }
+        checkpoints = Checkpoints(folder, content, resume=resume)
+    with Cache(len(calibration_set), folder, memory=memory) as cache:
+        work = _Work(template, state, schedule, seed, place, cache, checkpoints, progress)
+        reports = work.run(calibration_set)
+    return Reconstruction(
+        model=model,
+        graph=write(template, work.state),
+        template=template,
+        state=work.state,
+        assignment=assignment,
+        bits=wanted,
+        protocol=chosen,
+        preset=schedule.name,
+        blocks=tuple(reports),
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Work:
+    """One reconstruction on its way."""
+
+    def __init__(
+        self,
+        template: Template,
+        state: State,
+        preset: Preset,
+        seed: int,
+        device: torch.device,
+        cache: Cache,
+        checkpoints: Checkpoints | None,
+        progress: Progress,
+    ) -> None:
+        self.template, self.state, self.preset, self.seed = template, state, preset, seed
+        self.cache, self.checkpoints, self.progress = cache, checkpoints, progress
+        self.runner = Runner(template, device)
+        self.device = device
+        self.axes: dict[str, int | None] = {}
+        self.images = 0
+
+    def run(self, images: ImageSet) -> list[BlockReport]:
+        """All blocks, one after the other."""
+        self.images = len(images)
+        first = next(images.batches(1))
+        self.axes = self.runner.batch_axes({name: array.shape[1:] for name, array in first.items()})
+        uncut = {name for name, axis in self.axes.items() if axis is None}
+        blocks = find_blocks(self.template.plain, uncut=uncut)
+        last_reader = {name: number for number, block in enumerate(blocks) for name in block.inputs}
+        at = 0
+        for batch in micro_batches(images.batches(64), _MICRO):
+            for name, array in batch.items():
+                self.cache.put(f"q:{name}", at, torch.from_numpy(np.array(array)))
+            at += len(next(iter(batch.values())))
+        reports: list[BlockReport] = []
+        frozen: set[str] = set()
+        with self.progress.task("reconstruction", float(self.preset.steps * len(blocks))) as task:
+            for number, block in enumerate(blocks):
+                began = time.monotonic()
+                learner, before = None, self._floats(block)
+                layers = [layer.node for layer in self.runner.layers(block)]
+                if self.checkpoints is not None and self.checkpoints.has(number):
+                    self.state, _ = self.checkpoints.load(number, self.state)
+                    task.advance(self.preset.steps)
+                    groups = list(dict.fromkeys(site.group for site in self.runner.sites(block)))
+                else:
+                    learner = BlockLearner(
+                        self.runner,
+                        block,
+                        self.state,
+                        self.preset,
+                        seed=word(self.seed, number),
+                        frozen=frozenset(frozen),
+                        axes=self.axes,
+                    )
+                    groups = learner.groups()
+                    if layers:
+                        loss = learner.run(self.cache, self.images, task)
+                        self.state = learner.learned()
+                        if self.checkpoints is not None:
+                            self.checkpoints.save(number, self.state, layers, groups, loss)
+                    else:
+                        task.advance(self.preset.steps)
+                frozen.update(groups)
+                after = self._quantize(block)
+                reports.append(BlockReport(block.name, tuple(layers), before, after, time.monotonic() - began))
+                for name in block.inputs:
+                    if last_reader[name] == number:
+                        self.cache.drop(f"q:{name}")
+                        self.cache.drop(f"f:{name}")
+                for name in block.outputs:
+                    if name not in last_reader:
+                        self.cache.drop(f"q:{name}")
+                        self.cache.drop(f"f:{name}")
+        return reports
+
+    def _parts(self) -> Iterable[slice]:
+        return (slice(at, min(at + _MICRO, self.images)) for at in range(0, self.images, _MICRO))
+
+    def _floats(self, block: Block) -> float:
+        """Compute a block's float outputs; returns the loss with the numbers to start from."""
+        total = 0.0
+        for part in self._parts():
+            rounded = {name: self._take("q", name, part) for name in block.inputs}
+            exact = {
+                name: self._take("f", name, part) if f"f:{name}" in self.cache else rounded[name] for name in rounded
+            }
+            wanted = self.runner.floating(block, exact)
+            for name, tensor in wanted.items():
+                self.cache.put(f"f:{name}", part.start, tensor, self.axes.get(name) or 0)
+            total += self._loss(self.runner.hard(block, rounded, self.state), wanted) * (part.stop - part.start)
+        return total / self.images
+
+    def _quantize(self, block: Block) -> float:
+        """Compute a block's quantized outputs; returns the loss."""
+        total = 0.0
+        for part in self._parts():
+            found = self.runner.hard(block, {name: self._take("q", name, part) for name in block.inputs}, self.state)
+            wanted = {name: self._take("f", name, part) for name in block.outputs}
+            total += self._loss(found, wanted) * (part.stop - part.start)
+            for name, tensor in found.items():
+                self.cache.put(f"q:{name}", part.start, tensor, self.axes.get(name) or 0)
+        return total / self.images
+
+    def _take(self, kind: str, name: str, part: slice) -> torch.Tensor:
+        return self.cache.take(f"{kind}:{name}", part).to(self.device)
+
+    def _loss(self, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
+        total = 0.0
+        for name, tensor in found.items():
+            if tensor.is_floating_point():
+                axis = channel_axis(tensor, self.axes.get(name) or 0)
+                total += float((tensor - wanted[name]).square().sum(axis).mean())
+        return total

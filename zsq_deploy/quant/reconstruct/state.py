@@ -1,0 +1,272 @@
+"""The numbers of a quantized network: integer weights, scales, zero points, biases; and how they are written into the Q/DQ graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from zsq_deploy.errors import ModelError
+from zsq_deploy.model.editing import Net
+from zsq_deploy.model.graph import Graph
+from zsq_deploy.quant.fakequant import qparams
+from zsq_deploy.quant.qdq import raise_opset
+from zsq_deploy.quant.reader import is_quantize
+from zsq_deploy.quant.reconstruct.protocol import Assignment
+from zsq_deploy.quant.reconstruct.quantizers import Range, weight_scales
+from zsq_deploy.quant.reconstruct.template import Layer, Site, Template
+from zsq_deploy.quant.scheme import Granularity, Scheme
+from zsq_deploy.quant.search import mse
+from zsq_deploy.quant.statistics import Statistics
+
+__all__ = ["Activation", "State", "Weight", "initial_state", "write"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """An integer weight.
+
+    Attributes:
+        codes: int32, shape of the weight; counted from zero of the integer type.
+        scale: float32, ``[C]`` along `axis` or ``()``.
+        zero_point: int32, shape of the scale.
+        scheme: Of the codes.
+        axis: Channel axis; ``None`` with one scale for all.
+    """
+
+    codes: Array = field(repr=False)
+    scale: Array = field(repr=False)
+    zero_point: Array = field(repr=False)
+    scheme: Scheme
+    axis: int | None
+
+    def along(self, parameter: Array) -> Array:
+        """Scale or zero point in a form that broadcasts against the weight."""
+        if self.axis is None:
+            return parameter.reshape(())
+        form = [1] * self.codes.ndim
+        form[self.axis] = -1
+        return parameter.reshape(form)
+
+    def numbers(self) -> npt.NDArray[np.float32]:
+        """float32 numbers, as DequantizeLinear computes them."""
+        offset = (self.codes - self.along(self.zero_point)).astype(np.float32)
+        return np.asarray(offset * self.along(self.scale), np.float32)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Scale and zero point of a group of sites.
+
+    Attributes:
+        scale: Exact in float32.
+        zero_point: A code.
+        scheme: Of the codes.
+    """
+
+    scale: float
+    zero_point: int
+    scheme: Scheme
+
+    def limits(self, floor: float, ceiling: float) -> Range:
+        """Limits of the codes counted from the zero point, with the bounds of the activation in front."""
+        return Range(self.scheme.qmin - self.zero_point, self.scheme.qmax - self.zero_point, floor, ceiling)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """All numbers of a quantized network.
+
+    Attributes:
+        weights: Layer node -> integer weight.
+        activations: Group of sites -> scale and zero point.
+        biases: Layer node -> float bias in the shape in which it is stored.
+    """
+
+    weights: Mapping[str, Weight]
+    activations: Mapping[str, Activation]
+    biases: Mapping[str, Array] = field(repr=False)
+
+    def updated(
+        self,
+        weights: Mapping[str, Weight] | None = None,
+        activations: Mapping[str, Activation] | None = None,
+        biases: Mapping[str, Array] | None = None,
+    ) -> State:
+        """A copy with some numbers replaced."""
+        return State(
+            {**self.weights, **(weights or {})},
+            {**self.activations, **(activations or {})},
+            {**self.biases, **(biases or {})},
+        )
+
+    def bias_codes(self, layer: Layer) -> tuple[Array, Array] | None:
+        """int32 codes of a layer's bias and their scales; ``None`` where the bias is stored in float."""
+        if not layer.integer_bias:
+            return None
+        weight = self.weights[layer.node]
+        scale = np.asarray(np.float32(self.activations[layer.x].scale) * weight.scale, np.float32)
+        bias = np.asarray(self.biases[layer.node], np.float64).reshape(-1)
+        codes = np.clip(np.rint(bias / scale.astype(np.float64)), -(2**31), 2**31 - 1)
+        return codes.astype(np.int32), scale
+
+    def bias_numbers(self, layer: Layer) -> npt.NDArray[np.float32]:
+        """The bias as the Q/DQ graph computes with it."""
+        stored = self.bias_codes(layer)
+        if stored is None:
+            return np.asarray(self.biases[layer.node], np.float32)
+        codes, scale = stored
+        return np.asarray(codes.astype(np.float32) * scale, np.float32)
+
+
+def with_bits(scheme: Scheme, bits: int) -> Scheme:
+    """The scheme with other bits; below 8 bits every code of a symmetric type is used, also the most negative one."""
+    narrow = bits < scheme.bits
+    return dataclasses.replace(
+        scheme, bits=bits, restricted=scheme.restricted and not narrow, reduced=scheme.reduced and not narrow
+    )
+
+
+def initial_state(
+    template: Template,
+    assignment: Assignment,
+    statistics: Statistics,
+    *,
+    power: float = 2.4,
+    candidates: int = 100,
+) -> State:
+    """Round-to-nearest weights and ranges of the smallest squared error.
+
+    Args:
+        template: The network.
+        assignment: Bits of every tensor.
+        statistics: Of the float network's activations.
+        power: Exponent of the error that weight scales minimize.
+        candidates: Clip ratios that are tried for it.
+    """
+    weights, biases = {}, {}
+    for layer in template.layers:
+        array = template.weights[layer.weight]
+        scheme = with_bits(template.weight, assignment.weights[layer.node])
+        if layer.axis is None:
+            scheme = dataclasses.replace(scheme, granularity=Granularity.TENSOR)
+        scale, zero = weight_scales(array, scheme, layer.axis, power=power, candidates=candidates)
+        empty = Weight(np.zeros(array.shape, np.int32), scale, zero, scheme, layer.axis)
+        codes = np.rint(array / empty.along(scale)) + empty.along(zero)
+        clipped = np.clip(codes, scheme.qmin, scheme.qmax).astype(np.int32)
+        weights[layer.node] = dataclasses.replace(empty, codes=clipped)
+        if layer.bias:
+            biases[layer.node] = template.biases[layer.bias]
+    activations = {}
+    for group, sites in template.groups().items():
+        scheme = with_bits(template.activation, assignment.sites[group])
+        activations[group] = _range(sites, scheme, statistics)
+    return State(weights, activations, biases)
+
+
+def _range(sites: list[Site], scheme: Scheme, statistics: Statistics) -> Activation:
+    """The range with the smallest squared error that covers all sites of a group."""
+    low = high = 0.0
+    for site in [site for site in sites if not site.repeats] or sites:
+        found = mse(statistics[site.source].histogram, scheme)
+        low, high = min(low, found[0], 0.0), max(high, found[1], 0.0)
+    parameters = qparams(low, high, scheme)
+    return Activation(float(parameters.scale), int(parameters.zero_point), scheme)
+
+
+# -- writing --
+
+
+def write(template: Template, state: State, *, int4_weights: bool = False) -> Graph:
+    """The Q/DQ graph with the numbers of a state.
+
+    Codes of fewer than 8 bits stay in 8-bit integers; a Clip in front of QuantizeLinear keeps activations within the range of the codes that
+    are used.
+
+    Args:
+        template: The network.
+        state: Its numbers.
+        int4_weights: Store weights of up to 4 bits as INT4 or UINT4, two in a byte (operator set 21).
+    """
+    graph = raise_opset(template.qdq, 21) if int4_weights else template.qdq
+    net = Net(graph.proto)
+    makers = {name: node for node in net.nodes for name in node.output if name}
+    readers: dict[str, int] = {}
+    for node in net.nodes:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    done: set[str] = set()
+
+    def store(old: str, array: Array) -> str:
+        """Put an array in the place of a constant, under its own name if nothing else was written there."""
+        if old not in done:
+            done.add(old)
+            return net.add_constant(old, array, exact=True)
+        return net.add_constant(old, array)
+
+    for layer in template.layers:
+        weight = state.weights[layer.node]
+        kind = _container(weight.scheme, narrow=int4_weights)
+        node = makers[layer.weight]
+        inputs = [
+            store(node.input[0], weight.codes.astype(kind)),
+            store(node.input[1], weight.scale),
+            store(node.input[2], weight.zero_point.astype(kind)),
+        ]
+        _set_inputs(node, inputs)
+        stored = state.bias_codes(layer)
+        if stored is not None:
+            node = makers[layer.bias]
+            inputs = [store(node.input[0], stored[0]), store(node.input[1], stored[1]), node.input[2]]
+            _set_inputs(node, inputs)
+        elif layer.bias:
+            store(layer.bias, np.asarray(state.biases[layer.node], np.float32))
+    quantizers = {node.input[0]: node for node in net.nodes if is_quantize(node)}
+    for site in template.sites:
+        activation = state.activations[site.group]
+        scheme = activation.scheme
+        kind = _container(scheme, narrow=False)
+        node, back = quantizers[site.name], makers[site.output]
+        scale = store(node.input[1], np.asarray(activation.scale, np.float32))
+        zero = store(node.input[2], np.asarray(activation.zero_point, kind))
+        source = node.input[0]
+        if (scheme.qmin, scheme.qmax) != _type_limits(kind):
+            factor = np.float32(activation.scale)
+            low = np.float32(scheme.qmin - activation.zero_point) * factor
+            high = np.float32(scheme.qmax - activation.zero_point) * factor
+            names = [net.add_constant(f"{site.name}_range_low", np.asarray(low, np.float32))]
+            names.append(net.add_constant(f"{site.name}_range_high", np.asarray(high, np.float32)))
+            source = net.fresh(f"{site.name}_in_range")
+            net.insert_before(node, net.new_node("Clip", [site.name, *names], [source], f"{site.name}_Clip"))
+        _set_inputs(node, [source, scale, zero])
+        _set_inputs(back, [back.input[0], scale, zero])
+    net.touch()
+    net.sweep()
+    return Graph(net.proto())
+
+
+def _set_inputs(node: Any, inputs: list[str]) -> None:
+    del node.input[:]
+    node.input.extend(inputs)
+
+
+def _container(scheme: Scheme, *, narrow: bool) -> np.dtype[Any]:
+    """The integer type that holds the codes."""
+    if scheme.bits > 8:
+        raise ModelError(f"{scheme} does not fit 8-bit integers", where="write", remedy="choose 2 to 8 bits")
+    if narrow and scheme.bits <= 4:
+        small: np.dtype[Any] = np.dtype(ml_dtypes.int4 if scheme.signed else ml_dtypes.uint4)
+        return small
+    return np.dtype(np.int8 if scheme.signed else np.uint8)
+
+
+def _type_limits(kind: np.dtype[Any]) -> tuple[int, int]:
+    limits = np.iinfo(kind)
+    return int(limits.min), int(limits.max)
