@@ -1,8 +1,8 @@
 """A folder to carry to the device: the network, the calibration cache if there is one, and scripts that build, time and compare there.
 
 Beside a Q/DQ graph, the cache serves a second engine, from the float network: for those who compare the two ways, or whose device
-(a DLA) takes no Q/DQ. TensorRT ignores a cache of another version and makes up ranges, without a word, so the shell script writes the
-version of the device's own tool into a copy of the cache first.
+(a DLA) takes no Q/DQ. TensorRT ignores a cache of another version and makes up ranges, without a word, so both scripts write the
+version of the device's own TensorRT into a copy of the cache first, whichever of the two ways builds with it.
 
 The scripts need nothing of this project. One drives ``trtexec``, the tool that comes with TensorRT; the other uses TensorRT's Python API.
 Both are written for one generation of TensorRT, because flags differ: 8 and 10 have to be told of 8 bits where types are weak, 10 is
@@ -29,7 +29,15 @@ from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import EngineError, UsageError
 from zsq_deploy.model.graph import Graph, TensorSpec
 
-__all__ = ["DEVICE_CACHE", "Bundle", "Mode", "trtexec_build_flags", "trtexec_time_flags", "write_bundle"]
+__all__ = [
+    "DEVICE_CACHE",
+    "Bundle",
+    "Mode",
+    "trtexec_build_flags",
+    "trtexec_layer_flags",
+    "trtexec_time_flags",
+    "write_bundle",
+]
 
 Mode = Literal["explicit", "implicit", "float"]
 """``explicit``: a Q/DQ graph. ``implicit``: the float network and a calibration cache. ``float``: the float network alone."""
@@ -118,6 +126,18 @@ def trtexec_time_flags(target: Target, *, plan: str) -> tuple[str, ...]:
     flags.append("--percentile=99" if generation(target) == 8 else "--percentile=50,90,99")
     flags.append(f"--exportTimes={Path(plan).stem}.times.json")
     return tuple(flags)
+
+
+def trtexec_layer_flags(target: Target, *, plan: str) -> tuple[str, ...]:
+    """The flags with which ``trtexec`` says what each layer of a built engine computes in, and how long it takes.
+
+    What it says when it builds lacks the types wherever the batch is open: they belong to shapes, and only a run has shapes.
+    """
+    stem = Path(plan).stem
+    flags = [f"--loadEngine={plan}", "--warmUp=200", "--duration=3", "--iterations=50"]
+    flags += ["--separateProfileRun"] if generation(target) < 11 else []
+    flags += ["--profilingVerbosity=detailed", f"--exportLayerInfo={stem}.layers.json"]
+    return (*flags, f"--exportProfile={stem}.profile.json")
 
 
 def write_bundle(
@@ -259,11 +279,12 @@ def _words(
 ) -> dict[str, str]:
     number = generation(target)
     held = "" if cache is None else cache.name
-    build = trtexec_build_flags(target, mode, network=network, plan="int8.plan", cache=held)
+    read = DEVICE_CACHE if mode == "implicit" else held
+    build = trtexec_build_flags(target, mode, network=network, plan="int8.plan", cache=read)
     half = (
         build
         if number >= 11
-        else trtexec_build_flags(target, mode, network=network, plan="int8.plan", cache=held, half=True)
+        else trtexec_build_flags(target, mode, network=network, plan="int8.plan", cache=read, half=True)
     )
     base = float_network.name if float_network is not None else (network if mode == "implicit" else "")
     second = cache is not None and mode == "explicit" and number < 11
@@ -301,6 +322,7 @@ def _words(
         "IMPLICIT_TIME_FLAGS": _shell(trtexec_time_flags(target, plan="implicit.plan")),
         "DEVICE_CACHE": DEVICE_CACHE,
         "TIME_FLAGS": _shell(trtexec_time_flags(target, plan="int8.plan")),
+        "LAYER_FLAGS": _shell(trtexec_layer_flags(target, plan="int8.plan")),
         "FLOAT_TIME_FLAGS": _shell(trtexec_time_flags(target, plan="float.plan")),
         "BUILD_SHAPES": f"--minShapes={one} --optShapes={many} --maxShapes={many}" if dynamic else "",
         "TIME_SHAPES": f"--shapes={many}" if dynamic else "",

@@ -230,6 +230,7 @@ def host_view(address: int, size: int) -> Array:
 
 def _places() -> Iterator[str]:
     yield from _NAMES
+    yield "/usr/local/cuda/lib64/libcudart.so"
     for folder in sys.path:
         for inner in _FOLDERS:
             yield from (str(file) for file in sorted((Path(folder) / inner).glob("libcudart.so*")))

@@ -12,8 +12,6 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from .tensorrt_bindings import Bindings, bindings, compiled
 
 __all__ = ["VERSIONS", "Device", "device"]
@@ -72,9 +70,3 @@ def device(generation: int, home: Path) -> Device:
     if version:
         environment["PRETEND_TENSORRT"] = version
     return Device(generation, version or found.version, environment)
-
-
-@pytest.fixture(scope="module", params=tuple(VERSIONS))
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Device:
-    """A machine of each generation."""
-    return device(request.param, tmp_path_factory.mktemp(f"device{request.param}"))

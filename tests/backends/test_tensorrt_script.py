@@ -53,7 +53,8 @@ def build(network, config):
     return b"plan"
 
 inspector = Strict(trt.EngineInspector, get_engine_information=lambda form: "{}" if form == trt.LayerInformationFormat.JSON else None)
-engine = Strict(trt.ICudaEngine, create_engine_inspector=lambda: inspector, num_layers=3)
+context = Strict(trt.IExecutionContext, set_input_shape=lambda name, shape: shape == [1, 3, 8, 8])
+engine = Strict(trt.ICudaEngine, create_engine_inspector=lambda: inspector, create_execution_context=lambda: context, num_layers=3)
 profile = Strict(trt.IOptimizationProfile, set_shape=lambda *given: profiles.append(given))
 config = Strict(trt.IBuilderConfig, set_flag=flags.append)
 trt.Builder, real = lambda logger: Strict(
