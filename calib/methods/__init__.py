@@ -9,7 +9,7 @@ from typing import Any
 
 from zsq_deploy.calib.baselines import Baseline, gaussian, ones, uniform
 from zsq_deploy.calib.fractal import fractal
-from zsq_deploy.calib.methods import deepinversion, genie, zeroq
+from zsq_deploy.calib.methods import deepinversion, dsg, genie, hast, intraq, kw, zeroq
 from zsq_deploy.calib.parts.recipe import Recipe
 
 __all__ = ["METHODS", "Method"]
@@ -73,6 +73,42 @@ _ALL = (
         needs_bn=True,
         defaults=deepinversion.DEFAULTS,
         run=deepinversion.recipe,
+        fallback="fractal",
+    ),
+    Method(
+        "kw",
+        "pixels optimised until every batch norm sees a Gaussian near the stored one, with a class and smoothness",
+        "Haroush et al., The Knowledge Within, CVPR 2020, arXiv 1912.01274",
+        needs_bn=True,
+        defaults=kw.DEFAULTS,
+        run=kw.recipe,
+        fallback="fractal",
+    ),
+    Method(
+        "dsg",
+        "ZeroQ with slack: gaps that noise has too are forgiven, and every image stresses another layer",
+        "Zhang et al., DSG, CVPR 2021, arXiv 2103.01049",
+        needs_bn=True,
+        defaults=dsg.DEFAULTS,
+        run=dsg.recipe,
+        fallback="fractal",
+    ),
+    Method(
+        "intraq",
+        "pixels optimised for variety within a class: random crops, soft labels, distance from the class's centre",
+        "Zhong et al., IntraQ, CVPR 2022, arXiv 2111.09136",
+        needs_bn=True,
+        defaults=intraq.DEFAULTS,
+        run=intraq.recipe,
+        fallback="fractal",
+    ),
+    Method(
+        "hast",
+        "pixels optimised for a class, with most weight on the images that the network finds hard",
+        "Li et al., HAST, CVPR 2023, arXiv 2303.13826",
+        needs_bn=True,
+        defaults=hast.DEFAULTS,
+        run=hast.recipe,
         fallback="fractal",
     ),
     Method("gaussian", "N(0, 1) noise in the network's input space", "baseline", baseline=gaussian),
