@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet, CalibrationWriter
+from zsq_deploy.calib.calibration_set import CalibrationSet
+from zsq_deploy.calib.manifest import CalibrationManifest
+from zsq_deploy.calib.writer import CalibrationWriter
 
 __all__ = ["METHODS", "CalibrationManifest", "CalibrationSet", "CalibrationWriter", "Method", "synthesize"]
 

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet, CalibrationWriter
+from zsq_deploy.calib.calibration_set import CalibrationSet
+from zsq_deploy.calib.manifest import CalibrationManifest
 from zsq_deploy.calib.methods import METHODS, Method
 from zsq_deploy.calib.parts.recipe import resolve
 from zsq_deploy.calib.running import Run
+from zsq_deploy.calib.writer import CalibrationWriter
 from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model import Model
 from zsq_deploy.model.graph import TensorSpec
@@ -206,9 +208,9 @@ def _single_image_input(model: Model, method: str) -> TensorSpec:
             where=spec.name,
             remedy="hand over inputs of your own as a calibration set",
         )
-    if method == "genie" and len(spec.shape) != 4:
+    if METHODS[method].pictures and len(spec.shape) != 4:
         raise CalibrationError(
-            f"input {spec.name!r} of shape {spec.shape} is no image; Genie's generator makes images",
+            f"input {spec.name!r} of shape {spec.shape} is no image, and method {method!r} makes images",
             where=spec.name,
             remedy="use --method zeroq, which takes inputs of any shape",
         )

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet
+from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.model import Model, Preprocess, load_model
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.ranges import Ranges

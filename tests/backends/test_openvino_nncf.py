@@ -21,7 +21,7 @@ from zsq_deploy.backends.openvino.nncf_scope import ignored_operators, operators
 from zsq_deploy.backends.openvino.options import BuildOptions, NncfOptions
 from zsq_deploy.backends.openvino.quiet import load_nncf, quiet
 from zsq_deploy.backends.openvino.runtime import core
-from zsq_deploy.calib.calibration_set import CalibrationManifest, CalibrationSet
+from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model import Model, Twin
 from zsq_deploy.model.graph import Graph

@@ -189,7 +189,7 @@ def test_a_set_that_was_cut_off_is_made_again(network, tmp_path, zsq):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zsq_deploy.calib.calibration_set.CalibrationWriter.finish", interrupted)
+        patch.setattr("zsq_deploy.calib.writer.CalibrationWriter.finish", interrupted)
         assert zsq(*arguments).code == 130
     with pytest.raises(CalibrationError):
         CalibrationSet.open(tmp_path / "out" / "calibration")
