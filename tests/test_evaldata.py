@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from zsq_deploy.errors import DataError
-from zsq_deploy.evaldata import EvalData, load_eval_data
+from zsq_deploy.evaldata import EvalData, load_eval_data, load_images
 from zsq_deploy.model.graph import TensorSpec
 
 F32 = np.dtype(np.float32)
@@ -323,3 +323,28 @@ def test_the_real_sets(assets):
     assert images.shape == (20, 224, 224, 3)
     assert 60 < images.mean() < 180
     assert labels.max() < 1000
+
+
+def test_images_without_labels(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    spec = TensorSpec("input", (None, 3, 8, 8), np.dtype(np.float32))
+    found = load_images(tmp_path / "x.npz", spec)
+    np.testing.assert_array_equal(found.images(0, 7), x)
+    assert found.labels.tolist() == [-1] * 7
+    folder = tmp_path / "photos" / "deeper"
+    folder.mkdir(parents=True)
+    for index, image in enumerate(x):
+        Image.fromarray(image).save(folder / f"{index}.png")
+    found = load_images(tmp_path / "photos", spec, limit=3)
+    np.testing.assert_array_equal(found.images(0, 3), x[[0, 2, 4]])
+    with pytest.raises(DataError, match="takes 9x9"):
+        load_images(tmp_path / "photos", TensorSpec("input", (None, 3, 9, 9), np.dtype(np.float32)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images in the folder"):
+        load_images(tmp_path / "empty", spec)
+    with pytest.raises(DataError, match="do not exist"):
+        load_images(tmp_path / "missing", spec)
+    np.savez(tmp_path / "y.npz", y=x)
+    with pytest.raises(DataError, match="x is missing"):
+        load_images(tmp_path / "y.npz", spec)

@@ -30,7 +30,7 @@ from zsq_deploy.artifact import digest_file, digest_json
 from zsq_deploy.errors import DataError
 from zsq_deploy.model.graph import TensorSpec
 
-__all__ = ["EvalData", "load_eval_data"]
+__all__ = ["EvalData", "load_eval_data", "load_images"]
 
 Array = npt.NDArray[Any]
 
@@ -169,6 +169,43 @@ def load_eval_data(
     return EvalData(images, labels, str(path), np.arange(len(labels)), names).limit(limit)
 
 
+def load_images(
+    path: Path | str, spec: TensorSpec | None = None, *, resize: bool = False, limit: int | None = None
+) -> EvalData:
+    """Open images whose labels nobody asks for: an ``.npz`` file with ``x``, or all image files in a folder and below it.
+
+    Args:
+        path: The file or the folder.
+        spec: The network's input, as for :func:`load_eval_data`.
+        resize: Scale images of another size instead of refusing them.
+        limit: Use at most this many images, spread evenly.
+
+    Returns:
+        The images; their labels are all -1.
+
+    Raises:
+        DataError: Missing, empty, wrong type or size, unreadable image.
+    """
+    place = Path(path)
+    wanted = _wanted(spec, resize)
+    if not place.exists():
+        raise DataError("the images do not exist", where=str(path), remedy="check the path")
+    images: _Pixels | _Files
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if _is_image(file))
+        if not files:
+            raise DataError(
+                "there are no images in the folder", where=str(path), remedy="give a folder with image files"
+            )
+        if limit is not None and 0 < limit < len(files):  # the others need not even be opened
+            files = [files[index * len(files) // limit] for index in range(limit)]
+        images = _Files(files, wanted)
+    else:
+        images = _Pixels(_read_npz(place, labelled=False)[0], wanted, str(path))
+    images.check()
+    return EvalData(images, np.full(len(images), -1, np.int64), str(path), np.arange(len(images))).limit(limit)
+
+
 def _wanted(spec: TensorSpec | None, resize: bool) -> _Wanted:
     if spec is None:
         return _Wanted(None, None, None, resize)
@@ -203,7 +240,7 @@ def _check_labels(labels: Array, where: Sequence[str], classes: int | None, sour
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_npz(path: Path) -> tuple[Array, Array]:
+def _read_npz(path: Path, *, labelled: bool = True) -> tuple[Array, Array]:
     if path.suffix.lower() != ".npz":
         raise DataError(
             f"this is no form of evaluation data: {path.suffix or 'a file'}", where=str(path), remedy=_FORMS
@@ -221,6 +258,8 @@ def _read_npz(path: Path) -> tuple[Array, Array]:
         ) from error
     if pixels is None:
         raise DataError(f"the file has no images: x is missing (found: {keys})", where=str(path), remedy=_FORMS)
+    if not labelled:
+        labels = np.full(len(pixels), -1, np.int64)
     if labels is None:
         raise DataError(f"the file has no labels: y is missing (found: {keys})", where=str(path), remedy=_FORMS)
     if pixels.dtype != np.uint8:

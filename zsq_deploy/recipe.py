@@ -128,7 +128,13 @@ class CalibrationSection(_Section):
     method: str = Field(
         default="zeroq",
         min_length=1,
-        description="How images are made: zeroq, genie, fractal, gaussian, uniform, ones; bn-analytic makes none.",
+        description="How images are made: zeroq, genie, fractal, ... (`zsq methods` lists them all); auto chooses from measured evidence; "
+        "bn-analytic makes none.",
+    )
+    time_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="With method auto: seconds that making the images may take, on one processor core.",
     )
     images: int = Field(default=256, gt=0, description="Number of images.")
     seed: int | None = Field(default=None, ge=0, description="Seed of the images; run.seed if it is not given.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from zsq_deploy.calib.quality.reach import SIGMAS, Reach, measure_reach
 from zsq_deploy.calib.quality.real import RangeError, range_error
 from zsq_deploy.model import Model
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.ranges import Ranges
 from zsq_deploy.quant.statistics import Statistics, collect
 
 __all__ = ["PICTURES", "Quality", "float_runner", "lines", "measure_quality", "pictures", "split"]
@@ -156,7 +157,7 @@ def measure_quality(
     held_out: CalibrationSet | None = None,
     statistics: Statistics | None = None,
     real: Batches | None = None,
-    quantized: Runner | None = None,
+    quantize: Callable[[Ranges], Runner] | None = None,
     picture_count: int = PICTURES,
     device: str | torch.device | None = None,
     progress: Progress = SILENT,
@@ -171,14 +172,15 @@ def measure_quality(
         held_out: Images of the same kind that it does not hold; ``None``: its last quarter serves, and reach is that of the rest.
         statistics: Of the folded network on `images`, if they are there already; only with `held_out`.
         real: Real images by input name, to compare ranges with.
-        quantized: The quantized network, to compare with float on the held-out images (or on the set, without any).
+        quantize: Makes the quantized network from plain min-max ranges, to compare it with float on images that those ranges have not seen
+            (on the set itself, where it is too small to hold anything out).
         picture_count: Number of structured pictures among the witnesses.
         device: Where to compute.
         progress: Where to report.
     """
     micro_batch = 16 if model.dynamic_batch else int(model.inputs[0].shape[0] or 1)
     graph, notes = model.folded().graph, list[str]()
-    judged = images
+    judged, whole = images, held_out is not None
     if held_out is None:
         (judged, held_out), statistics = split(images), None
         if held_out is not None:
@@ -191,9 +193,8 @@ def measure_quality(
 
     seen = statistics if statistics is not None else look(judged.batches(64), len(judged))
     structured = pictures(model, picture_count)
-    others: Statistics | None = None
-    if held_out is not None:
-        others = look(held_out.batches(64), len(held_out))
+    others = None if held_out is None else look(held_out.batches(64), len(held_out))
+    full = seen if whole or others is None else seen.merge(others)
     if structured is not None:
         shown = look([structured], picture_count)
         others = shown if others is None else others.merge(shown)
@@ -203,13 +204,11 @@ def measure_quality(
     variety = diversity(
         model, images.batches(64), micro_batch=micro_batch, device=device, progress=progress, total=len(images)
     )
-    alike = (
-        None
-        if quantized is None
-        else agreement(float_runner(model, device), quantized, witness.batches(64), micro_batch=micro_batch)
-    )
-    observed = {name: (tensor.minimum, tensor.maximum) for name, tensor in seen.items()}
-    error = None if real is None else range_error(observed, look(real, None))
+    alike = None
+    if quantize is not None:
+        quantized = quantize(seen.ranges("minmax"))
+        alike = agreement(float_runner(model, device), quantized, witness.batches(64), micro_batch=micro_batch)
+    error = None if real is None else range_error(full.ranges("minmax"), look(real, None))
     return Quality(
         len(images),
         0 if held_out is None else len(held_out),

@@ -335,7 +335,9 @@ def test_nothing_depends_on_how_the_images_are_cut(cuts):
 def test_the_whole_quality_as_json_and_as_text():
     model = network()
     held, real = a_set(model, draw(8, seed=2)), [{"x": draw(9, seed=7)}]
-    quality = measure_quality(model, a_set(model, draw(12)), held_out=held, real=real, quantized=float_runner(model))
+    quality = measure_quality(
+        model, a_set(model, draw(12)), held_out=held, real=real, quantize=lambda _: float_runner(model)
+    )
     found = json.loads(json.dumps(quality.to_json(), allow_nan=False))
     assert (found["images"], found["held_out"], found["pictures"]) == (12, 8, 32)
     assert found["coverage"]["summary"] == quality.reach.coverage
@@ -373,5 +375,8 @@ def test_without_held_out_images_the_last_quarter_is_the_witness():
     other = measure_quality(model, a_set(model, x[:12]), held_out=a_set(model, x[12:]))
     assert other.reach == quality.reach
     assert other.batch_norm == quality.batch_norm
+    real = [{"x": draw(9, seed=7)}]
+    against = measure_quality(model, whole, real=real).real  # the whole set's ranges, not those of a part
+    assert against == measure_quality(model, whole, held_out=a_set(model, x[:2]), real=real).real
     assert split(a_set(model, x[:3]))[1] is None
     assert measure_quality(model, a_set(model, x[:3]), picture_count=0).reach.witnesses == 0

@@ -21,6 +21,7 @@ COMMANDS = ("deploy", "run", "synth", "quantize", "verify", "bench", "report", "
 
 
 GROUPS = {
+    "methods": ("show",),
     "env": ("create", "check", "list", "remove"),
     "import": ("pot-config",),
     "export": ("pot-config",),
@@ -95,6 +96,26 @@ def test_synth_and_its_exports(place, tmp_path, zsq):
     none = zsq("synth", place.network, "-o", tmp_path / "no", "--method", "bn-analytic")
     assert none.code == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_synth_says_how_good_the_set_is(place, tmp_path, zsq):
+    told = ("synth", place.network, "--method", "gaussian", "--images", 12, "--real-data", place.data)
+    said = zsq(*told, "-o", tmp_path / "set")
+    assert said.code == 0, said.err
+    found = small.read(tmp_path / "set" / "quality.json")
+    coverage, real = found["coverage"]["summary"], found["real"]
+    for line in (
+        f"coverage {coverage:.3f}:",
+        "batch-norm distance",
+        "variety:",
+        f"against {real['images']} real images",
+    ):
+        assert line in said.out
+    assert real["images"] == 40
+    again = zsq(*told, "-o", tmp_path / "set", "--force", "--json")
+    assert again.json["quality"] == found
+    assert zsq(*told[:-1], tmp_path / "nowhere", "-o", tmp_path / "none").code == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_synth_quantize_verify_are_the_job_in_pieces(place, tmp_path, zsq):

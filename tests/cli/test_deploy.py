@@ -83,6 +83,18 @@ def test_the_reported_accuracy_is_that_of_the_engine_in_plain_onnxruntime(place)
     assert report["targets"]["ort-x86-vnni"]["accuracy"]["engine"] == pytest.approx(np.mean(logits.argmax(1) == y))
 
 
+def test_the_report_says_how_good_the_set_is(place):
+    report = small.read(place.out / "report.json")
+    quality = report["calibration"]["quality"]
+    assert (quality["images"], quality["held_out"], quality["pictures"]) == (16, 64, 32)
+    assert quality["real"]["images"] == 40  # compared with, after everything was decided
+    seen = {row["name"]: row for row in report["calibration"]["ranges"]}
+    for row in quality["tensors"]:
+        assert row["name"] in seen
+    assert 0 < quality["coverage"]["summary"] <= 1
+    assert "How good the set is" in (place.out / "report.html").read_text()
+
+
 def test_the_page_stands_alone(place):
     page = (place.out / "report.html").read_text(encoding="utf-8")
     assert "ort-x86-vnni" in page

@@ -159,6 +159,66 @@ def target(*, estimate=False, speed=1.0):
     }
 
 
+def quality():
+    return {
+        "images": 256,
+        "held_out": 64,
+        "pictures": 32,
+        "coverage": {
+            "summary": 0.684,
+            "judged": len(TENSORS),
+            "below_half": 1,
+            "worst": {"name": "logits", "share": 0.265},
+            "unexcited": 0.0285,
+            "clipped": 0.0066,
+            "excess_bits": 0.02,
+        },
+        "batch_norm": {
+            "images": 64,
+            "mean": 0.034,
+            "spread": 0.056,
+            "kl": 0.007,
+            "layers": [
+                {"name": f"bn{i}", "channels": 16, "mean": 0.02 + 0.002 * i, "spread": 0.05, "kl": 0.007}
+                for i in range(19)
+            ],
+        },
+        "diversity": {
+            "images": 256,
+            "feature": "pool",
+            "effective_images": 1.3,
+            "effective_directions": 24.7,
+            "mean_cosine": 0.96,
+            "classes": 10,
+            "classes_seen": 8,
+            "effective_classes": 5.2,
+            "confidence": 0.36,
+        },
+        "agreement": {"images": 64, "top1": 0.97, "sqnr_db": 24.0},
+        "real": {
+            "images": 256,
+            "extent_bits": 0.54,
+            "magnitude_bits": 0.53,
+            "bias_bits": -0.54,
+            "clipped": 0.0154,
+            "worst": [{"name": "logits", "extent_bits": -2.64}],
+        },
+        "tensors": [
+            {
+                "name": name,
+                "share_implied": 0.9 if i % 2 else None,
+                "share_witnessed": 0.265 if name == "logits" else 0.7,
+                "clipped": 0.001,
+                "channels": 16,
+                "real_extent_bits": -2.64 if name == "logits" else -0.3,
+                "real_magnitude_bits": -0.3,
+                "real_clipped": 0.01,
+            }
+            for i, name in enumerate(TENSORS)
+        ],
+    }
+
+
 def parts(*, targets=1, estimate=False):
     rng = np.random.default_rng(0)
     low = rng.normal(size=(24, 3, 4, 4))
@@ -201,6 +261,13 @@ def parts(*, targets=1, estimate=False):
                 }
                 for i, name in enumerate(TENSORS)
             ],
+            "quality": quality(),
+            "recommendation": {
+                "method": "zeroq",
+                "images": 256,
+                "expected_seconds": 70.0,
+                "reasons": ["zeroq lost 0.1 points in W8A8 on networks of this kind, genie 0.4."],
+            },
             "notes": ["2 of 784 channels were never excited (layer1.1.relu)."],
         },
         "evaluation": {

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from zsq_deploy import __version__
-from zsq_deploy.cli import environments, pot_config
+from zsq_deploy.cli import environments, methods, pot_config
 from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.cli.shared import EVALUATION, IMAGES, MODEL, QUANTIZATION, RUN, SEED, with_options
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 
+app.add_typer(methods.app, name="methods", short_help="The ways to make calibration images, explained.")
 app.add_typer(environments.app, name="env", short_help="Environments of their own, for POT.")
 app.add_typer(pot_config.importing, name="import", short_help="Turn another tool's configuration into a recipe.")
 app.add_typer(pot_config.exporting, name="export", short_help="Write a recipe as another tool's configuration.")
@@ -177,29 +178,45 @@ def synth(
             help="Also write the set for another tool: test-data (onnx .pb folders), polygraphy (inputs JSON), npy (list of .npy).",
         ),
     ] = None,
+    real_data: o.RealDataOpt = None,
+    resize: o.ResizeOpt = False,
     force: o.ForceOpt = False,
     resume: o.ResumeOpt = False,
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """Synthesize a calibration set from the network alone.
+    """Synthesize a calibration set from the network alone, and say how good it is.
 
     \b
     zsq synth net.onnx --images 256 -o set
+    zsq synth net.onnx --real-data photos/ -o set       also compare its ranges with those of real images
     zsq synth net.onnx --export polygraphy -o set       also as inputs for another tool
     zsq quantize net.onnx --calibration set/calibration -o out
     """
+    from zsq_deploy.calib.quality import lines
     from zsq_deploy.pipeline.stages import synthesize_set
 
     recipe = recipe_from(said)
     made = synthesize_set(
-        recipe, output, export=export, force=force, resume=resume, progress=progress_for(quiet, as_json)
+        recipe,
+        output,
+        export=export,
+        real_data=real_data,
+        resize=resize,
+        force=force,
+        resume=resume,
+        progress=progress_for(quiet, as_json),
     )
-    manifest = made.manifest
+    manifest = made.images.manifest
     if as_json:
-        print_json(manifest.model_dump(mode="json"))
+        advice = made.recommendation.to_json() if made.recommendation else None
+        print_json({**manifest.model_dump(mode="json"), "quality": made.quality.to_json(), "recommendation": advice})
     else:
-        sys.stdout.write(f"{len(made)} {manifest.method} images in {manifest.seconds:.1f} s: {output}\n")
+        sys.stdout.write(f"{len(made.images)} {manifest.method} images in {manifest.seconds:.1f} s: {output}\n")
+        for reason in made.recommendation.reasons if made.recommendation else ():
+            sys.stdout.write(f"auto: {reason}\n")
+        for line in lines(made.quality):
+            sys.stdout.write(f"{line}\n")
         for note in manifest.notes:
             sys.stdout.write(f"note: {note}\n")
     return 0

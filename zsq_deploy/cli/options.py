@@ -70,7 +70,16 @@ MethodOpt = Annotated[
     typer.Option(
         "--method",
         metavar="NAME",
-        help="How images are made: zeroq, genie, fractal, gaussian, uniform, ones; bn-analytic makes none.",
+        help="How images are made: zeroq, genie, fractal, ... (`zsq methods` lists them all); auto chooses from what was measured.",
+        rich_help_panel=_IMAGES,
+    ),
+]
+TimeLimitOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        metavar="SECONDS",
+        help="With --method auto: how long making the images may take, on one processor core.",
         rich_help_panel=_IMAGES,
     ),
 ]
@@ -92,6 +101,15 @@ DeviceOpt = Annotated[
         "--device",
         metavar="NAME",
         help="Where images are made: cpu, cuda, cuda:1; by default cuda where there is one.",
+        rich_help_panel=_IMAGES,
+    ),
+]
+RealDataOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--real-data",
+        metavar="FILE|DIR",
+        help="Real images, labelled or not, to compare the set's ranges with in the end. Nothing is chosen by them.",
         rich_help_panel=_IMAGES,
     ),
 ]

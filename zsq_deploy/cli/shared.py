@@ -56,6 +56,7 @@ IMAGES = _shared(
     "calibration",
     method=(o.MethodOpt, "zeroq"),
     images=(o.ImagesOpt, 256),
+    time_limit=(o.TimeLimitOpt, None),
     param=(o.ParamOpt, None, "parameters"),
     device=(o.DeviceOpt, None),
 )

@@ -14,6 +14,7 @@ from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.parts.recipe import resolve
 from zsq_deploy.errors import UsageError
 from zsq_deploy.model import Model
+from zsq_deploy.pipeline.auto import AUTO, check_auto
 from zsq_deploy.pipeline.calibration import OWN_CALIBRATORS, RANGE_METHODS
 from zsq_deploy.pipeline.engines import settings_of
 from zsq_deploy.recipe import Recipe
@@ -133,13 +134,14 @@ def check_method(recipe: Recipe) -> None:
         UsageError: With the near miss, if there is one.
     """
     name = recipe.calibration.method
-    if recipe.calibration.set:
-        return  # nothing is made
+    check_auto(recipe)
+    if recipe.calibration.set or name == AUTO:
+        return  # nothing is made, or it is chosen once the network is known
     if name not in METHODS:
         raise UsageError(
             f"there is no synthesis method {name!r}",
             where="--method",
-            remedy=f"{nearest(name, METHODS)}methods: {', '.join(METHODS)}",
+            remedy=f"{nearest(name, METHODS)}methods: {', '.join(METHODS)}, auto",
         )
     defaults = METHODS[name].defaults
     given = recipe.calibration.parameters

@@ -14,10 +14,12 @@ from zsq_deploy.backends import Engine, Target, ValidationData, get_target
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, Preprocess, load_model, node_macs
+from zsq_deploy.pipeline.auto import with_method
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges, images_in, measure_ranges
 from zsq_deploy.pipeline.checks import check_measurable, check_recipe
 from zsq_deploy.pipeline.control import judged_images, validation_data
 from zsq_deploy.pipeline.engines import Built, build_engine, settings_of
+from zsq_deploy.pipeline.quality import quality_of
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.recipe import Recipe
@@ -180,6 +182,7 @@ def deploy(
     targets = [get_target(name) for name in recipe.targets]
     model = load_recipe_model(recipe)
     check_measurable(targets)
+    recipe, advice = with_method(recipe, model, progress=progress)
     check_recipe(recipe, model, targets)
     data = evaluation_data(recipe, model)
     for note in model.notes:
@@ -189,6 +192,7 @@ def deploy(
         recipe.dump(root / "recipe.resolved.yaml")
         images, measured = images_and_ranges(root, model, recipe, resume=resume, progress=progress)
         peak_rss = peak_rss_bytes()
+        quality = set_quality(model, images, measured, recipe, data, progress=progress)
         validation = validation_data(recipe, model, images.holdout, classes=classes_of(model))
         evidence = Evidence(data, judged_images(recipe, images.holdout))
         sections: dict[str, Any] = {}
@@ -213,7 +217,11 @@ def deploy(
             {
                 "seconds": time.monotonic() - started,
                 "model": model_section(model),
-                "calibration": calibration_section(model, images, measured, recipe, peak_rss),
+                "calibration": {
+                    **calibration_section(model, images, measured, recipe, peak_rss),
+                    "quality": quality,
+                    "recommendation": advice.to_json() if advice is not None else None,
+                },
                 "evaluation": evidence.section(),
                 "targets": sections,
                 "environment": environment_section(threads=recipe.run.threads, command=command),
@@ -317,6 +325,32 @@ def calibration_section(
         "ranges": rows,
         "notes": [*images.notes, *measured.notes],
     }
+
+
+def set_quality(
+    model: Model,
+    images: Images,
+    measured: MeasuredRanges,
+    recipe: Recipe,
+    real: EvalData | None,
+    *,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """``calibration.quality`` of the report; ``None`` for a method without images.
+
+    `real` are the user's labelled images: ranges are compared with theirs, after everything about the ranges was decided.
+    """
+    if images.calibration is None:
+        return None
+    return quality_of(
+        model,
+        images.calibration,
+        held_out=images.holdout,
+        statistics=measured.statistics,
+        real=real,
+        device=recipe.calibration.device,
+        progress=progress,
+    ).to_json()
 
 
 def _preview(model: Model, images: CalibrationSet) -> dict[str, Any] | None:

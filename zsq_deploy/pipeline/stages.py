@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zsq_deploy.artifact import OutputFolder, digest_file, read_json
+from zsq_deploy.artifact import OutputFolder, digest_file, read_json, write_json
 from zsq_deploy.backends import Engine, get_target
 from zsq_deploy.calib import CalibrationSet, exporters
+from zsq_deploy.calib.quality import Quality
+from zsq_deploy.calib.recommend import Recommendation
 from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
+from zsq_deploy.pipeline.auto import with_method
 from zsq_deploy.pipeline.calibration import make_images
 from zsq_deploy.pipeline.checks import check_device, check_method, check_recipe
 from zsq_deploy.pipeline.control import judged_images, validation_data
@@ -30,6 +34,7 @@ from zsq_deploy.pipeline.deploy import (
     pinned,
     write_report,
 )
+from zsq_deploy.pipeline.quality import quality_of, real_images
 from zsq_deploy.pipeline.verification import Evidence, measure_latency, verify_engine
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant import Ranges
@@ -37,10 +42,34 @@ from zsq_deploy.recipe import Recipe
 from zsq_deploy.report.build import environment_section, finish
 from zsq_deploy.report.schema import load as load_report
 
-__all__ = ["EXPORTS", "bench_folder", "open_engine", "quantize_only", "run_demo", "synthesize_set", "verify_folder"]
+__all__ = [
+    "EXPORTS",
+    "MadeSet",
+    "bench_folder",
+    "open_engine",
+    "quantize_only",
+    "run_demo",
+    "synthesize_set",
+    "verify_folder",
+]
 
 EXPORTS = {"test-data": "test_data", "polygraphy": "inputs.json", "npy": "npy"}
 """Formats for other tools, and what they are called in the output folder."""
+
+
+@dataclass(frozen=True)
+class MadeSet:
+    """What ``zsq synth`` gives.
+
+    Attributes:
+        images: The set, in its folder.
+        quality: How good it is.
+        recommendation: Why its method was chosen, if it was.
+    """
+
+    images: CalibrationSet
+    quality: Quality
+    recommendation: Recommendation | None = None
 
 
 def synthesize_set(
@@ -48,11 +77,24 @@ def synthesize_set(
     output: Path,
     *,
     export: str | None = None,
+    real_data: Path | None = None,
+    resize: bool = False,
     force: bool = False,
     resume: bool = False,
     progress: Progress = SILENT,
-) -> CalibrationSet:
-    """Make a calibration set in `output` (``zsq synth``); `export` also writes it for another tool, in a folder beside the shards."""
+) -> MadeSet:
+    """Make a calibration set in `output` and measure it (``zsq synth``).
+
+    Args:
+        recipe: What to make.
+        output: The output folder.
+        export: Also write it for another tool, in a folder beside the shards.
+        real_data: Images of the user to compare the set's ranges with, once it is made.
+        resize: Scale those images to the network's input.
+        force: Replace an earlier result.
+        resume: Go on with an interrupted run.
+        progress: Where to report.
+    """
     if export is not None and export not in EXPORTS:
         raise UsageError(
             f"there is no export {export!r}", where="--export", remedy=f"choose one of {', '.join(EXPORTS)}"
@@ -60,7 +102,9 @@ def synthesize_set(
     check_method(recipe)
     check_device(recipe.calibration.device)
     model = load_recipe_model(recipe)
-    owns = ("calibration", ".synthesis", *EXPORTS.values())
+    recipe, recommendation = with_method(recipe, model, progress=progress)
+    real = real_images(real_data, model, resize=resize) if real_data is not None else None
+    owns = ("calibration", "quality.json", ".synthesis", *EXPORTS.values())
     with OutputFolder(output, force=force, resume=resume, owns=owns, identity=recipe.digest) as folder:
         work = folder.path / ".synthesis"
         images = make_images(
@@ -84,9 +128,11 @@ def synthesize_set(
         saved = images.calibration.save(folder.path / "calibration", force=True)
         if export is not None:
             exporters.export(saved, export, folder.path / EXPORTS[export])
+        quality = quality_of(model, saved, real=real, device=recipe.calibration.device, progress=progress)
+        write_json(folder.path / "quality.json", quality.to_json())
         shutil.rmtree(work, ignore_errors=True)
         folder.finish()
-    return saved
+    return MadeSet(saved, quality, recommendation)
 
 
 def quantize_only(
@@ -95,6 +141,7 @@ def quantize_only(
     """Build the engines of a recipe without measuring them (``zsq quantize``)."""
     targets = [get_target(name) for name in recipe.targets]
     model = load_recipe_model(recipe)
+    recipe, _ = with_method(recipe, model, progress=progress)
     check_recipe(recipe, model, targets)
     built: dict[str, Engine] = {}
     with OutputFolder(output, force=force, resume=resume, owns=owned(recipe), identity=recipe.digest) as folder:

@@ -13,7 +13,7 @@ import markupsafe
 
 from zsq_deploy.artifact import atomic_writer
 from zsq_deploy.errors import ZsqError
-from zsq_deploy.report import plots, words
+from zsq_deploy.report import plots, quality, words
 from zsq_deploy.report.schema import (
     AccuracySection,
     ParityNumbers,
@@ -459,6 +459,24 @@ def _calibration_facts(report: Report) -> list[tuple[str, str]]:
     return [(key, text) for key, text in rows if text and text != words.NOTHING]
 
 
+def _quality(report: Report) -> dict[str, Any] | None:
+    """What the page shows of the quality of the set."""
+    found = report.calibration.quality
+    if found is None:
+        return None
+    figures = {
+        "coverage": quality.coverage_figure(found, "coverage"),
+        "distance": quality.distance_figure(found, "distance"),
+        "real": quality.real_figure(found, "real"),
+    }
+    return {
+        "cards": quality.cards(found),
+        "facts": quality.facts(found),
+        "figures": {key: markupsafe.Markup(svg) if svg else None for key, svg in figures.items()},  # noqa: S704 - drawn by us
+        "notes": found.notes,
+    }
+
+
 def _machine(report: Report) -> list[tuple[str, str]]:
     machine = dict(report.environment.machine)
     if isinstance(machine.get("memory_bytes"), int | float):
@@ -490,6 +508,7 @@ def render(report: Report, *, folder: Path | None = None) -> str:
         calibration_facts=_calibration_facts(report),
         parameters=_flat(report.calibration.parameters),
         picture=_picture(report, folder),
+        quality=_quality(report),
         ranges=markupsafe.Markup(ranges) if ranges else None,  # noqa: S704 - drawn by us
         references=REFERENCES,
         machine=_machine(report),

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from zsq_deploy.artifact import read_json, write_json
 from zsq_deploy.errors import StaleArtifactError, ZsqError
+from zsq_deploy.report.base import Amount, Count, Number, Share
+from zsq_deploy.report.base import Section as _Section
+from zsq_deploy.report.quality_schema import Recommendation, SetQuality
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -55,17 +58,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
-Number = float  # a name that no field of the models below shadows
-
-
-class _Section(BaseModel):
-    """Settings of every part: unknown keys, NaN and infinities are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, frozen=True)
 
 
 class Tool(_Section):
@@ -140,6 +132,12 @@ class CalibrationSection(_Section):
     range_method: str = Field("", description="How ranges were chosen: `minmax`, `percentile`, `entropy`, `mse`, ...")
     ranges_seconds: Amount | None = Field(None, description="Seconds that collecting the ranges took.")
     ranges: list[LayerRange] = Field(default_factory=list, description="Ranges in topological order.")
+    quality: SetQuality | None = Field(
+        None, description="How good the set is, read without real data; `null` for a method without images."
+    )
+    recommendation: Recommendation | None = Field(
+        None, description="Why `auto` chose this method; `null` where the user chose it."
+    )
     notes: list[str] = Field(default_factory=list, description="What a reader should know, one sentence each.")
 
 
