@@ -9,7 +9,20 @@ from typing import Any
 
 from zsq_deploy.calib.baselines import Baseline, gaussian, ones, uniform
 from zsq_deploy.calib.fractal import fractal
-from zsq_deploy.calib.methods import deepinversion, dsg, genie, hast, intraq, kw, zeroq
+from zsq_deploy.calib.methods import (
+    deepinversion,
+    dgh,
+    dsg,
+    genie,
+    hast,
+    intraq,
+    kw,
+    mixmix,
+    sadag,
+    synq,
+    texq,
+    zeroq,
+)
 from zsq_deploy.calib.parts.recipe import Recipe
 
 __all__ = ["METHODS", "Method"]
@@ -30,6 +43,7 @@ class Method:
         baseline: For methods that draw images without looking at the network.
         fallback: What is used for a network without batch-norm statistics.
         several_networks: It can make images that fit several networks at once.
+        pictures: It takes inputs of shape [N, C, H, W] only.
     """
 
     name: str
@@ -42,6 +56,7 @@ class Method:
     baseline: Baseline | None = None
     fallback: str | None = None
     several_networks: bool = False
+    pictures: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
@@ -65,6 +80,7 @@ _ALL = (
         defaults=genie.DEFAULTS,
         run=genie.recipe,
         fallback="fractal",
+        pictures=True,
     ),
     Method(
         "deepinversion",
@@ -110,6 +126,57 @@ _ALL = (
         defaults=hast.DEFAULTS,
         run=hast.recipe,
         fallback="fractal",
+    ),
+    Method(
+        "mixmix",
+        "pixels optimised while images are pasted into each other with mixed classes, for one network or several",
+        "Li et al., MixMix, ICCV 2021, arXiv 2011.09899",
+        needs_bn=True,
+        defaults=mixmix.DEFAULTS,
+        run=mixmix.recipe,
+        fallback="fractal",
+        pictures=True,
+        several_networks=True,
+    ),
+    Method(
+        "texq",
+        "a generator of images by class, led by the statistics of one image a class with calibrated textures",
+        "Chen et al., TexQ, NeurIPS 2023",
+        needs_bn=True,
+        defaults=texq.DEFAULTS,
+        run=texq.recipe,
+        fallback="fractal",
+        pictures=True,
+    ),
+    Method(
+        "synq",
+        "hard images as HAST's, also led by the statistics of one image a class, and low-pass filtered",
+        "Kim et al., SynQ, ICLR 2025",
+        needs_bn=True,
+        defaults=synq.DEFAULTS,
+        run=synq.recipe,
+        fallback="fractal",
+        pictures=True,
+    ),
+    Method(
+        "sadag",
+        "Genie's latents and generators, refined until neighbouring images teach a quantized student the same",
+        "Dung et al., SADAG, ICML 2024, arXiv 2510.07018",
+        needs_bn=True,
+        defaults=sadag.DEFAULTS,
+        run=sadag.recipe,
+        fallback="fractal",
+        pictures=True,
+    ),
+    Method(
+        "dgh",
+        "smoothed pixels optimised until all images together have the stored statistics, each free to differ",
+        "Dikstein et al., Data Generation for Hardware-Friendly PTQ, WACV 2025",
+        needs_bn=True,
+        defaults=dgh.DEFAULTS,
+        run=dgh.recipe,
+        fallback="fractal",
+        pictures=True,
     ),
     Method("gaussian", "N(0, 1) noise in the network's input space", "baseline", baseline=gaussian),
     Method("uniform", "noise, uniform over the valid pixel values", "baseline", baseline=uniform),

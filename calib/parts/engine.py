@@ -19,7 +19,7 @@ from torch import Tensor
 from zsq_deploy.calib.parts.all_images import MomentTable
 from zsq_deploy.calib.parts.augment import Plan
 from zsq_deploy.calib.parts.bn_loss import SLACK, BNLayer, BNMatcher, Observed
-from zsq_deploy.calib.parts.labels import Targets
+from zsq_deploy.calib.parts.labels import Targets, uniform
 from zsq_deploy.calib.parts.moments import watch
 from zsq_deploy.calib.parts.network import SynthesisNetwork
 from zsq_deploy.calib.parts.parametrisations import Finishing, Parametrisation, Renewing, Start
@@ -240,8 +240,8 @@ class Objective:
         recipe, random = self.recipe, torch.Generator().manual_seed(0)
         labels = self.context.labels if self.context is not None else None
         targets = None
-        if recipe.targets is not None and labels is not None:
-            targets = recipe.targets(shape[0], labels.classes, random).to(self.device)
+        if recipe.needs_labels and labels is not None:  # where the parameters choose the classes, any will do
+            targets = (recipe.targets or uniform)(shape[0], labels.classes, random).to(self.device)
         plans = [augment.draw(shape, random, 0, recipe.steps) for augment in recipe.augment]
         return Scene(shape[0], swing=random, plans=plans, targets=self.mixed(targets, plans))
 

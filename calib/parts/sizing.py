@@ -70,7 +70,9 @@ def largest_batch(
         total = int(total * share)
     fits = max(1, int(_MEMORY_SHARE * total / max(kept, 1)))
     if objective.recipe.piece:
-        return wanted, min(objective.recipe.piece, fits), None
+        # Pixels, their gradient and two moments of the optimiser stay in memory for all images.
+        room = max(1, int(_MEMORY_SHARE * total / (16 * math.prod(shape))))
+        return min(wanted, room), min(objective.recipe.piece, fits), None
     if objective.recipe.separable:
         piece = fits if device.type == "cuda" else max(_SMALLEST_PIECE, _PIECE_BYTES // kept)
         return wanted, min(piece, fits), None

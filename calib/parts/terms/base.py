@@ -69,6 +69,7 @@ class Look:
         first: Index of the first of these in the batch.
         memory: What earlier batches left (see ``Recipe.remember``).
         source: What the images come from, for terms that look at its neighbourhood; ``None`` in a rehearsal.
+        shared: What a term leaves for the other terms of the same step, so that it is computed once.
     """
 
     images: Tensor
@@ -82,6 +83,7 @@ class Look:
     first: int
     memory: Mapping[str, Tensor]
     source: Parametrisation | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 class BoundTerm(Protocol):
