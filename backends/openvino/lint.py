@@ -36,6 +36,7 @@ _MOVES = (
     "Gather",
     "DepthToSpace",
 )
+_NORMALIZATIONS = ("LayerNormalization", "MeanVarianceNormalization")
 _NEWEST = 21
 
 Rule = Callable[[Graph, Target], Iterator[Finding]]
@@ -153,6 +154,22 @@ def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
                 )
 
 
+def _normalizations(graph: Graph, _target: Target) -> Iterator[Finding]:
+    """OpenVINO takes the scale of a rounding through the normalization behind it, and leaves its epsilon as it is."""
+    for node in graph:
+        if node.op_type not in _NORMALIZATIONS:
+            continue
+        maker = graph.producer(node.input[0])
+        if maker is not None and is_dequantize(maker):
+            yield Finding(
+                node.name,
+                "rounded-before-normalization",
+                f"{maker.input[0]!r} is rounded in front of it; OpenVINO normalizes the codes and keeps epsilon as it is, so the engine "
+                "computes something else than the graph says where variances are small",
+                "take the Q/DQ pair in front of it away: a normalization computes in float anyway",
+            )
+
+
 def _from_convolution(graph: Graph, value: str) -> bool:
     """Whether a value is what a convolution gives, and has one reader."""
     maker = graph.producer(value)
@@ -170,7 +187,7 @@ def _behind(graph: Graph, value: str, tensors: dict[str, QuantizedTensor]) -> Qu
     return tensors[value]
 
 
-RULES: tuple[Rule, ...] = (_file_stamps, _scales, _activations, _products, _residuals)
+RULES: tuple[Rule, ...] = (_file_stamps, _scales, _activations, _products, _residuals, _normalizations)
 
 
 def lint(graph: Graph | Path | str, target: Target) -> list[Finding]:

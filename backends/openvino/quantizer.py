@@ -32,6 +32,7 @@ from zsq_deploy.backends.openvino.int4 import float_weights, int4_storage, pack,
 from zsq_deploy.backends.openvino.merging import drop_merged_pairs
 from zsq_deploy.backends.openvino.options import BuildOptions
 from zsq_deploy.backends.openvino.reading import FAKE_QUANT
+from zsq_deploy.backends.openvino.roundings import drop_float_roundings
 from zsq_deploy.backends.openvino.runner import OvRunner
 from zsq_deploy.backends.openvino.runtime import version
 from zsq_deploy.backends.openvino.targets import DEVICE
@@ -331,6 +332,11 @@ def _finish(design: Design, folded: Graph, target: Target, options: BuildOptions
         qdq = store_int4(qdq, floats)
         record["int4"] = int4_storage(qdq).to_json()
     if options.exact_scales:
+        if options.quantizer != "qdq" and target.session.get(DEVICE) == "CPU":
+            lean = drop_float_roundings(qdq)
+            qdq = lean.graph
+            record["roundings_left_out"] = {"everywhere": list(lean.dropped), "for_float_readers": list(lean.bypassed)}
+            record["notes"].extend(lean.notes(options.quantizer.upper()))
         qdq, sums = drop_merged_pairs(qdq)
         record["sums_in_convolutions"] = list(sums)
         settle = importlib.import_module("zsq_deploy.quant.settle").settle
