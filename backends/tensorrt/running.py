@@ -34,6 +34,7 @@ class Signature:
         dtypes: Types by name.
         most: The largest batch that it takes in one run; ``None`` if its inputs have no common batch.
         open_batch: Whether smaller batches run too.
+        whole: Outputs that are one for all samples of a run, so that samples cannot be run in several.
 
     Raises:
         EngineError: It has inputs or outputs of types that numpy does not know, or that have to be in host memory.
@@ -71,6 +72,8 @@ class Signature:
             elif shape:
                 firsts.append(shape[0])
         self.most = firsts[0] if firsts and len(set(firsts)) == 1 and len(firsts) == len(self.inputs) else None
+        first = -1 if self.open_batch else self.most
+        self.whole = tuple(name for name in self.outputs if self.shapes[name][:1] != (first,))
 
     def check(self, feeds: Mapping[str, Array], where: Path) -> dict[str, Array]:
         """The feeds in the engine's types and contiguous.
@@ -100,6 +103,8 @@ class Signature:
                 problem = "the inputs have different numbers of samples"
             elif not count or (not self.open_batch and count % self.most):
                 problem = f"the engine takes batches of {self.most}"
+            elif count > self.most and self.whole:
+                problem = f"{self.whole[0]} is one number for all samples, and the engine takes {self.most} at once"
         if problem:
             raise EngineError(
                 f"TensorRT could not run this input: {problem}",
