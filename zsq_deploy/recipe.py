@@ -269,9 +269,10 @@ class PotSection(_Section):
 class QuantizationSection(_Section):
     """How the network becomes an integer one."""
 
-    quantizer: Literal["auto", "qdq", "nncf", "pot"] = Field(
+    quantizer: Literal["auto", "qdq", "nncf", "pot", "implicit"] = Field(
         default="auto",
         description="Who quantizes for OpenVINO: qdq (our Q/DQ graph), nncf, pot; auto measures qdq and nncf and keeps the better. "
+        "For TensorRT: qdq (auto), or implicit: TensorRT itself, from the float network and a calibration cache (8 and 10). "
         "ONNX Runtime targets know auto only.",
     )
 
@@ -284,11 +285,16 @@ class QuantizationSection(_Section):
     ranges: str = Field(
         default="auto",
         min_length=1,
-        description="How activation ranges are found: auto, minmax, percentile, entropy, mse, bn-analytic; ort-minmax, ort-entropy, ort-percentile.",
+        description="How activation ranges are found: auto, minmax, percentile, entropy, mse, bn-analytic; ort-minmax, ort-entropy, ort-percentile; "
+        "tensorrt-entropy2, tensorrt-entropy, tensorrt-minmax.",
     )
     percentile: float = Field(default=99.999, gt=50, le=100, description="For ranges: percentile.")
     exact_scales: bool = Field(
         default=True, description="Choose scales on which engine and reference agree bit for bit (short significands)."
+    )
+    float_type: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32",
+        description="TensorRT 10 and 11: the type that the graph gives to what is computed outside of Q/DQ pairs.",
     )
     bias_correction: bool = Field(
         default=True, description="Shift biases so that every layer's mean output is that of the float network."

@@ -118,15 +118,30 @@ def _residual(
     return "Add: its other operand is rounded, but the sum is read in float"
 
 
-def describe_fusion(groups: Sequence[FusedGroup]) -> str:
-    """One line for each group, and a summary, for people."""
+def describe_fusion(groups: Sequence[FusedGroup], *, most: int | None = None) -> str:
+    """One line for each group, and a summary, for people.
+
+    Args:
+        groups: The expected kernels.
+        most: Longer lists are put together: one line for all groups of the same kind that compute and write the same; groups with
+            an operator apart always have a line of their own.
+    """
     if not groups:
         return "no convolutions or matrix products"
-    lines = [
-        f"{group.kind}: {', '.join(group.nodes)}: computes {group.computes}, writes {group.writes}"
-        + (f"; apart: {group.apart}" if group.apart else "")
-        for group in groups
-    ]
+    if most is None or len(groups) <= most:
+        lines = [_line(group, ", ".join(group.nodes)) for group in groups]
+    else:
+        alike: dict[tuple[str, str, str], list[FusedGroup]] = {}
+        for group in groups:
+            if not group.apart:
+                alike.setdefault((group.kind, group.computes, group.writes), []).append(group)
+        lines = [
+            f"{len(same)} x {_line(same[0], f'{same[0].nodes[0]} ... {same[-1].nodes[0]}')}"
+            if len(same) > 1
+            else _line(same[0], ", ".join(same[0].nodes))
+            for same in alike.values()
+        ]
+        lines += [_line(group, ", ".join(group.nodes)) for group in groups if group.apart]
     integer = sum(group.computes == "int8" for group in groups)
     whole = sum(group.computes == "int8" and group.writes == "int8" for group in groups)
     sums = sum("Add" in group.kind.split("+") and group.computes == "int8" for group in groups)
@@ -134,3 +149,8 @@ def describe_fusion(groups: Sequence[FusedGroup]) -> str:
         f"expected: {len(groups)} kernels, {integer} of them in 8 bits, {whole} write 8 bits, {sums} with the sum inside"
     )
     return "\n".join(lines)
+
+
+def _line(group: FusedGroup, names: str) -> str:
+    words = f"{group.kind}: {names}: computes {group.computes}, writes {group.writes}"
+    return f"{words}; apart: {group.apart}" if group.apart else words

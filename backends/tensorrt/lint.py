@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from zsq_deploy.backends.base import Finding, Target
+from zsq_deploy.backends.tensorrt.lint_types import half_types
 from zsq_deploy.backends.tensorrt.targets import NEWEST_OPSET, generation
 from zsq_deploy.backends.tensorrt.walking import (
     ACTIVATIONS,
@@ -354,6 +355,7 @@ RULES: tuple[Rule, ...] = (
     _concatenations,
     _moves,
     _unread,
+    half_types,
 )
 
 

@@ -10,16 +10,22 @@ import numpy.typing as npt
 
 from zsq_deploy.artifact import digest_json
 from zsq_deploy.backends.base import BuildSettings, Target, digest_array
+from zsq_deploy.backends.tensorrt.ranges import METHODS
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import UsageError
 
-__all__ = ["BITS", "CALIBRATORS", "QUANTIZERS", "BuildOptions", "options_from"]
+__all__ = ["BITS", "CALIBRATORS", "FLOATS", "QUANTIZERS", "BuildOptions", "options_from"]
 
-QUANTIZERS: tuple[str, ...] = ("auto",)
-"""Who quantizes: our own placement of Q/DQ."""
+QUANTIZERS: tuple[str, ...] = ("auto", "qdq", "implicit")
+"""Who quantizes: we, with our own placement of Q/DQ (``auto``, ``qdq``); or TensorRT itself, from the float network and a calibration
+cache (``implicit``, up to TensorRT 10)."""
 
-CALIBRATORS: tuple[str, ...] = ()
-"""TensorRT's calibrators run on the device, on a GPU; none of them is a range method here."""
+CALIBRATORS: tuple[str, ...] = tuple(f"tensorrt-{method}" for method in METHODS)
+"""TensorRT's calibrators whose search is published, computed here; its own classes run on the device
+(:mod:`zsq_deploy.backends.tensorrt.calibrators`)."""
+
+FLOATS: tuple[str, ...] = ("float32", "float16", "bfloat16")
+"""Types of what is computed outside of Q/DQ pairs."""
 
 BITS: tuple[str, ...] = ("w8a8", "w4a32")
 """Bits of weights and activations; ``w4a32`` stores the weights of matrix products in 4 bits, in blocks, and computes in float."""
@@ -42,6 +48,8 @@ class BuildOptions:
         weight_scales: Learned weight scales per output channel: initializer name -> float array.
         bits: One of :data:`BITS`.
         block: Most weights that share a scale with ``w4a32``: 64 or 128.
+        quantizer: ``qdq``, or ``implicit``: the float network and a calibration cache.
+        float_type: One of :data:`FLOATS`: the type that the graph itself gives to what is computed in float.
         label: Short name in reports.
     """
 
@@ -56,6 +64,8 @@ class BuildOptions:
     weight_scales: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     bits: str = "w8a8"
     block: int = 128
+    quantizer: str = "qdq"
+    float_type: str = "float32"
     label: str = "qdq"
 
     def __post_init__(self) -> None:
@@ -63,6 +73,8 @@ class BuildOptions:
             (self.bits.lower(), BITS, "--bits"),
             (self.weight_method, ("minmax", "mse"), "BuildOptions.weight_method"),
             (self.block, (64, 128), "BuildOptions.block"),
+            (self.quantizer, QUANTIZERS[1:], "--quantizer"),
+            (self.float_type, FLOATS, "--float-type"),
         ):
             if value not in allowed:
                 raise UsageError(
@@ -76,6 +88,11 @@ class BuildOptions:
         """Only weights are stored in fewer bits."""
         return self.bits.lower() == "w4a32"
 
+    @property
+    def implicit(self) -> bool:
+        """The engine is made from the float network and a calibration cache."""
+        return self.quantizer == "implicit"
+
     def with_(self, **changes: Any) -> BuildOptions:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -84,7 +101,8 @@ class BuildOptions:
         """The options as JSON values; arrays are named by their digest."""
         return {
             "label": self.label,
-            "quantizer": "qdq",
+            "quantizer": self.quantizer,
+            "float_type": self.float_type,
             "bits": self.bits,
             "block": self.block if self.weight_only else 0,
             "op_types": None if self.op_types is None else list(self.op_types),
@@ -128,17 +146,42 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             where="quantize_outputs",
             remedy="leave it out: a rounding behind the last layer would be a kernel of its own",
         )
-    if settings.bits.lower() == "w4a32" and generation(target) < 10:
+    number = generation(target)
+    if settings.bits.lower() == "w4a32" and number < 10:
         raise UsageError(
             f"{target.name} knows no 4-bit weights",
             where="--bits",
             remedy="choose w8a8, or a target from tensorrt-10 on",
         )
+    implicit = settings.quantizer == "implicit"
+    if implicit and number >= 11:
+        raise UsageError(
+            "TensorRT 11 has neither calibrators nor calibration caches",
+            where="--quantizer",
+            remedy="leave --quantizer out, or choose tensorrt-10",
+        )
+    if implicit and (settings.weight_only or settings.op_types is not None):
+        raise UsageError(
+            "a calibration cache cannot say which operators are quantized, nor in how many bits",
+            where="--quantizer",
+            remedy="leave --bits and the operator types out, or choose --quantizer qdq",
+        )
+    if settings.float_type != "float32" and (implicit or number < 10):
+        raise UsageError(
+            f"types other than float32 stand in graphs with Q/DQ, for TensorRT 10 and 11, not in those of {target.name}"
+            + (" with --quantizer implicit" if implicit else ""),
+            where="--float-type",
+            remedy="leave --float-type out, and build with HALF=1 on the device",
+        )
+    name = "implicit" if implicit else "qdq"
     return BuildOptions(
         op_types=settings.op_types,
         exclude=settings.exclude,
         weight_method=settings.weight_method,
-        exact_scales=settings.exact_scales,
+        exact_scales=settings.exact_scales and not implicit,
         bias_correction=bool(getattr(settings, "bias_correction", False)) and not settings.weight_only,
         bits=settings.bits,
+        quantizer=name,
+        float_type=settings.float_type,
+        label=name,
     )

@@ -35,7 +35,7 @@ from zsq_deploy.quant.qdq import TRANSPARENT, PlacementRules, insert_qdq, raise_
 from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.settle import settle
 
-__all__ = ["MAC_OPS", "OPS", "Placed", "place_int4", "place_qdq", "plan_nodes"]
+__all__ = ["MAC_OPS", "OPS", "Placed", "floats_of", "place_int4", "place_qdq", "plan_nodes"]
 
 Array = np.ndarray[Any, Any]
 Ranges = Mapping[str, tuple[float, float]]
@@ -125,13 +125,22 @@ def place_qdq(graph: Graph, ranges: Ranges, target: Target, options: BuildOption
     )
     if not options.exact_scales:
         return Placed(written, nodes, skipped)
-    floats = {
+    floats = _weights_of(graph)
+    settled = settle(written, activation=target.activation, weight=target.weight, float_weights=floats)
+    return Placed(settled.graph, nodes, skipped, settled.coarser, settled.inexact, settled.notes)
+
+
+def _weights_of(graph: Graph) -> dict[str, Array]:
+    return {
         node.name: weight
         for node in graph
         if node.op_type in MAC_OPS and (weight := graph.constant(node.input[1])) is not None
     }
-    settled = settle(written, activation=target.activation, weight=target.weight, float_weights=floats)
-    return Placed(settled.graph, nodes, skipped, settled.coarser, settled.inexact, settled.notes)
+
+
+def floats_of(graph: Graph, options: BuildOptions) -> dict[str, Array]:
+    """Node name -> the float weights that :func:`place_qdq` rounds for these options."""
+    return _weights_of(replace_constants(graph, options.weights))
 
 
 def _one_code_short(ranges: Ranges) -> dict[str, tuple[float, float]]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,26 @@ import onnx
 import torch
 
 from zsq_deploy import __version__
-from zsq_deploy.artifact import atomic_path, digest_file, write_json
+from zsq_deploy.artifact import digest_file, write_json
 from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.measured import Choice, Measured, quality
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.backends.tensorrt.bundle import write_bundle
-from zsq_deploy.backends.tensorrt.cache import CacheBinding, CalibrationCache, binding_path, write_cache
 from zsq_deploy.backends.tensorrt.fusion import describe_fusion, expect_fusion
+from zsq_deploy.backends.tensorrt.halves import to_half
+from zsq_deploy.backends.tensorrt.implicit import REFERENCE, cache_of, write_implicit
 from zsq_deploy.backends.tensorrt.lint import lint
-from zsq_deploy.backends.tensorrt.options import BuildOptions
-from zsq_deploy.backends.tensorrt.ort_table import FILES, write_table
-from zsq_deploy.backends.tensorrt.placement import Placed, place_int4, place_qdq
+from zsq_deploy.backends.tensorrt.options import CALIBRATORS, BuildOptions
+from zsq_deploy.backends.tensorrt.placement import Placed, floats_of, place_int4, place_qdq
+from zsq_deploy.backends.tensorrt.ranges import calibrate
+from zsq_deploy.backends.tensorrt.reference import reference_of_cache
 from zsq_deploy.backends.tensorrt.targets import generation
+from zsq_deploy.backends.tensorrt.writing import write_network
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.model.twin import Twin
 from zsq_deploy.progress import SILENT, Progress
-from zsq_deploy.quant.bias import correct_bias
+from zsq_deploy.quant.bias import apply_biases, correct_bias
 
 __all__ = ["BuildOptions", "build", "candidates", "choose"]
 
@@ -45,11 +48,8 @@ _JUDGE_IMAGES = 16
 _SAMPLES = 8
 """Samples in the folder, on which the engine is compared on the device."""
 
-CACHE_VERSION = MappingProxyType({8: "8.6.2", 10: "10.3.0"})
-"""Generation -> version that the cache is written for: those of JetPack 6.0, and of 6.1 and 6.2. For any other the first line is rewritten."""
-
-TABLE_FOLDER = "onnxruntime"
-"""Folder of ONNX Runtime's table, whose third file is called ``calibration.cache`` too."""
+_SHOWN = 12
+"""Kernels that are listed one by one on the console; the manifest lists all."""
 
 _TOLERANCE_DB = 0.3
 """How much SQNR a bias correction may cost before it is rejected: less is noise."""
@@ -63,53 +63,49 @@ def build(
     *,
     options: BuildOptions | None = None,
     calibration: Any = None,
+    validation: Any = None,
+    probes: Any = None,
     progress: Progress = SILENT,
 ) -> Engine:
     """Turn a model into a folder that is carried to the device.
 
     Args:
         model: The :class:`~zsq_deploy.model.Model`.
-        ranges: A :class:`~zsq_deploy.quant.Ranges` of ``model.folded().graph``; not read with ``w4a32``.
+        ranges: A :class:`~zsq_deploy.quant.Ranges` of ``model.folded().graph``, or the name of a calibrator of TensorRT
+            (:data:`~zsq_deploy.backends.tensorrt.options.CALIBRATORS`), which is computed on the calibration set; not read with ``w4a32``.
         target: One of the ``tensorrt-...`` targets.
-        folder: Where the files go: ``qdq.onnx``, ``float.onnx``, ``manifest.json``, ``trtexec.sh``, ``engine.py``, ``README.md``, with
-            a calibration set ``samples.npz``, and for TensorRT 8 and 10 the same ranges as a calibration cache with its binding and as
-            a table of ONNX Runtime.
+        folder: Where the files go: ``qdq.onnx`` (``implicit``: ``network.onnx``), ``float.onnx``, ``manifest.json``, ``trtexec.sh``,
+            ``engine.py``, ``README.md``, with a calibration set ``samples.npz``, and for TensorRT 8 and 10 the same ranges as a calibration
+            cache with its binding, as the graph that the cache means (``implicit.onnx``), and as a table of ONNX Runtime.
         options: What to quantize and how.
         calibration: The calibration set: biases are corrected on it, and a few of its images are the samples.
+        validation: Not read; nothing here looks at labels.
+        probes: Not read.
         progress: Watches.
 
     Returns:
-        The engine; its `path` is the Q/DQ graph, from which TensorRT builds on the device.
+        The engine; its `path` is the network that TensorRT builds from on the device, its `qdq_path` the Q/DQ graph that says what the
+        engine computes (the same file, unless the engine is made with a cache).
 
     Raises:
         StaleArtifactError: Ranges or set belong to another model.
-        CalibrationError: A tensor has no range.
+        CalibrationError: A tensor has no range, or a calibrator has no images.
         UsageError: Options that do not fit the network.
         EngineError: Nothing can be quantized, or TensorRT would refuse the graph.
     """
+    del validation, probes
     options = options or BuildOptions()
     folder = Path(folder)
     folded: Graph = model.folded().graph
     check_provenance(model, folded, ranges, calibration)
     check_exclusions(folded, options.exclude)
-    if isinstance(ranges, str) or (ranges is None and not options.weight_only):
-        raise UsageError(
-            f"{ranges} is no range method of TensorRT's graphs",
-            where="--ranges",
-            remedy="choose auto, minmax, percentile, entropy, mse or bn-analytic",
-        )
     with progress.task(f"quantize for {target.name}", 4) as task:
-        size = 8 if model.dynamic_batch else 1
-        placed = (
-            place_int4(folded, target, options) if options.weight_only else place_qdq(folded, ranges, target, options)
-        )
+        ranges = _ranges(model, ranges, options, calibration, progress)
+        job = _Job(model, ranges, target, calibration, progress)
+        made = job.implicit(options) if options.implicit else job.explicit(options)
         task.advance(step="placed")
-        notes = [*placed.notes]
-        if options.bias_correction and not options.biases and calibration is not None and not options.weight_only:
-            placed, options, said = _correct(model, ranges, target, options, placed, calibration, size, progress)
-            notes.append(said)
-        task.advance(step="biases")
-        findings = lint(placed.graph, target)
+        notes = [*made.notes]
+        findings = [] if options.implicit else lint(made.network, target)
         broken = [item for item in findings if item.severity == "error"]
         if broken:
             raise EngineError(
@@ -119,43 +115,60 @@ def build(
             )
         notes.extend(f"{item.node}: {item.message}; {item.remedy}" for item in findings[:3])
         folder.mkdir(parents=True, exist_ok=True)
-        float_path, path = folder / "float.onnx", folder / "qdq.onnx"
-        _write(folded, float_path, target)
-        _write(placed.graph, path, target)
-        cache: Path | None = None
-        more: tuple[str, ...] = ()
-        if isinstance(ranges, Mapping) and generation(target) < 11 and not options.weight_only:
-            cache, more, said_of_cache = _implicit(folder, folded, ranges, target, calibration)
-            notes.extend(said_of_cache)
+        float_path, path = folder / "float.onnx", folder / ("network.onnx" if options.implicit else "qdq.onnx")
+        write_network(folded, float_path, target)
+        write_network(made.network, path, target)
+        reference_path, implicit, more = path, None, list[str]()
+        if job.has_cache(options):
+            network = made.network if options.implicit else folded
+            digest = str(getattr(ranges, "set_digest", "") or getattr(calibration, "digest", "") or "")
+            floats = options.exclude if options.implicit else ()
+            implicit = write_implicit(folder, network, ranges, target, set_digest=digest, floats=floats)
+            notes.extend(["no calibration cache was written: no activation has a range"] if implicit is None else [])
+        record: dict[str, Any] = {}
+        if implicit is not None:
+            more.extend(implicit.files)
+            notes.extend(implicit.notes)
+            if implicit.reference is not None:
+                write_network(implicit.reference.graph, folder / REFERENCE, target)
+                more.append(REFERENCE)
+                record = {**implicit.reference.record(), **job.judged(implicit.reference.graph)}
+        if options.implicit:
+            reference_path = folder / REFERENCE
         task.advance(step="written")
         samples = expected = None
         if calibration is not None:
-            parts = list(calibration.take(0, min(_SAMPLES, len(calibration))).batches(size))
+            parts = list(calibration.take(0, min(_SAMPLES, len(calibration))).batches(job.size))
             samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            made = list(_outputs(placed.graph, parts))
-            expected = {name: np.concatenate([part[name] for part in made]) for name in made[0]}
-        groups = expect_fusion(placed.graph)
+            answers = list(_outputs(made.reference, parts))
+            expected = {name: np.concatenate([part[name] for part in answers]) for name in answers[0]}
+        groups = expect_fusion(made.reference)
         summary = describe_fusion(groups).splitlines()[-1]
         bundle = write_bundle(
             folder,
             path,
             target,
+            mode="implicit" if options.implicit else "explicit",
             float_network=float_path,
-            cache=cache,
+            cache=None if implicit is None else implicit.cache,
             samples=samples,
             expected=expected,
             more=more,
             notes=(summary,),
         )
+        task.advance(step="bundled")
         choices = {
-            **options.describe(),
+            **made.options.describe(),
+            "mode": "implicit" if options.implicit else "explicit",
             "ranges": str(getattr(ranges, "method", "") or type(ranges).__name__),
             "ranges_digest": str(getattr(ranges, "digest", "") or ""),
             "set_digest": str(getattr(calibration, "digest", "") or ""),
             # Whether a correction helps is judged by the reference, here; nothing can be run to judge it again.
             "corrects_biases": True,
-            **placed.record(),
+            **made.record,
             "expected_kernels": [group.to_json() for group in groups],
+            "expectation": describe_fusion(groups, most=_SHOWN).splitlines(),
+            "implicit": record,
             "findings": [f"{item.node}: {item.rule}" for item in findings],
             "notes": [*notes, summary],
         }
@@ -164,7 +177,7 @@ def build(
             "target": target.name,
             "model": {"name": model.name, "digest": model.digest},
             "engine": _entry(path),
-            "qdq": _entry(path),
+            "qdq": _entry(reference_path),
             "float": _entry(float_path),
             "bundle": list(bundle.files),
             "choices": choices,
@@ -172,7 +185,7 @@ def build(
         }
         write_json(folder / "manifest.json", json.loads(json.dumps(manifest, default=str)))
         task.advance(step="done")
-    return Engine(path=path, qdq_path=path, target=target, float_path=float_path, choices=choices)
+    return Engine(path=path, qdq_path=reference_path, target=target, float_path=float_path, choices=choices)
 
 
 def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -> list[BuildOptions]:
@@ -190,6 +203,10 @@ def choose(
     images: Iterable[Feeds],
     options: BuildOptions | None = None,
     calibration: Any = None,
+    validation: Any = None,
+    probes: Any = None,
+    refine: Any = None,
+    tolerance_agreement: float = 0.0,
     threads: int = 1,
     progress: Progress = SILENT,
 ) -> Choice:
@@ -203,13 +220,17 @@ def choose(
         images: Batches of inputs.
         options: As for :func:`build`.
         calibration: As for :func:`build`.
+        validation: Not read.
+        probes: Not read.
+        refine: Not used: biases are corrected and judged by :func:`build`.
+        tolerance_agreement: Not used; there is one candidate.
         threads: Not used; nothing is timed.
         progress: Watches.
 
     Raises:
         CalibrationError: There are no images to compare on.
     """
-    del threads
+    del validation, probes, refine, tolerance_agreement, threads
     option = candidates(model.folded().graph, target, options)[0]
     batches = [dict(batch) for batch in images]
     if not batches:
@@ -227,51 +248,131 @@ def choose(
     return Choice(engine, chosen, (), slower_than_float=False, notes=(note,))
 
 
-def _correct(
-    model: Any,
-    ranges: Any,
-    target: Target,
-    options: BuildOptions,
-    placed: Placed,
-    calibration: Any,
-    size: int,
-    progress: Progress,
-) -> tuple[Placed, BuildOptions, str]:
-    """The graph with corrected biases if they help on images at the other end of the set, else as it was; and what to say of it."""
-    looked_at = calibration.take(0, min(_BIAS_IMAGES, len(calibration))).batches(size)
-    biases = correct_bias(model.folded(), placed.graph, looked_at, progress=progress)
-    changed = options.with_(biases=biases)
-    second = place_qdq(model.folded().graph, ranges, target, changed)
-    judge = [dict(batch) for batch in calibration.take(max(0, len(calibration) - _JUDGE_IMAGES)).batches(size)]
-    before, after = (_quality(model, graph, judge)[1] for graph in (placed.graph, second.graph))
-    words = f"biases corrected: {after:.1f} dB against {before:.1f} dB without, on synthetic images"
-    if after < before - _TOLERANCE_DB:
-        return placed, options, f"{words}: rejected"
-    return second, changed, words
+def _ranges(model: Any, ranges: Any, options: BuildOptions, calibration: Any, progress: Progress) -> Any:
+    """The ranges, computed on the set where a calibrator was named."""
+    if options.weight_only or not (ranges is None or isinstance(ranges, str)):
+        return ranges
+    if ranges not in CALIBRATORS:
+        raise UsageError(
+            f"{ranges} is no range method of TensorRT's graphs",
+            where="--ranges",
+            remedy=f"choose auto, minmax, percentile, entropy, mse, bn-analytic, {', '.join(CALIBRATORS)}",
+        )
+    if calibration is None or len(calibration) == 0:
+        raise CalibrationError(
+            f"{ranges} reads images, and there are none", where="--ranges", remedy="give a calibration set"
+        )
+    return calibrate(
+        model.folded().graph,
+        calibration,
+        ranges,
+        micro_batch=16 if model.dynamic_batch else 1,
+        model_digest=model.digest,
+        progress=progress,
+    )
 
 
-def _implicit(
-    folder: Path, folded: Graph, ranges: Mapping[str, tuple[float, float]], target: Target, calibration: Any
-) -> tuple[Path | None, tuple[str, ...], tuple[str, ...]]:
-    """Write the ranges for those who give TensorRT the float network: its own cache, and the table of ONNX Runtime's provider.
+@dataclass(frozen=True)
+class _Made:
+    """A network for TensorRT.
 
-    Returns:
-        The cache (``None``: no tensor has a range), the other files by their path in the folder, and what to say.
+    Attributes:
+        network: What TensorRT builds from.
+        reference: The Q/DQ graph that says what the engine computes.
+        options: With the biases that were kept.
+        record: How it came about, for the manifest.
+        notes: What a reader should know.
     """
-    known = {name for node in folded for name in node.output} | {spec.name for spec in folded.inputs}
-    # Names with a line break do not fit in a cache; no exporter writes them.
-    names = [name for name in ranges if name in known and not {"\n", "\r"} & set(name)]
-    cache = CalibrationCache.from_ranges(ranges, version=CACHE_VERSION[generation(target)], names=names)
-    if not len(cache):
-        return None, (), ("no calibration cache was written: no activation has a range",)
-    path = folder / "calibration.cache"
-    digest = str(getattr(ranges, "set_digest", "") or getattr(calibration, "digest", "") or "")
-    method = str(getattr(ranges, "method", "") or "ranges")
-    write_cache(path, cache, CacheBinding(folded.digest, digest, method))
-    write_table(folder / TABLE_FOLDER, {name: ranges[name] for name in names})
-    left = cache.left_out
-    said = (f"zero on every image, so without a scale in the calibration cache: {', '.join(left[:5])}",) if left else ()
-    return path, (binding_path(path).name, *(f"{TABLE_FOLDER}/{name}" for name in FILES)), said
+
+    network: Graph
+    reference: Graph
+    options: BuildOptions
+    record: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model, ranges and images on their way to a target."""
+
+    model: Any
+    ranges: Any
+    target: Target
+    calibration: Any
+    progress: Progress
+
+    @property
+    def folded(self) -> Graph:
+        """The float network, batch normalization folded."""
+        graph: Graph = self.model.folded().graph
+        return graph
+
+    @property
+    def size(self) -> int:
+        """Images that go through a network at a time."""
+        return 8 if self.model.dynamic_batch else 1
+
+    def has_cache(self, options: BuildOptions) -> bool:
+        """Whether a calibration cache can be written."""
+        return isinstance(self.ranges, Mapping) and generation(self.target) < 11 and not options.weight_only
+
+    def explicit(self, options: BuildOptions) -> _Made:
+        """The Q/DQ graph."""
+        if options.weight_only:
+            placed = place_int4(self.folded, self.target, options)
+            return self._finished(placed, options, placed.notes)
+        placed = place_qdq(self.folded, self.ranges, self.target, options)
+        notes = placed.notes
+        if options.bias_correction and not options.biases and self.calibration is not None:
+            changed = options.with_(biases=self._biases(placed.graph))
+            second = place_qdq(self.folded, self.ranges, self.target, changed)
+            kept, said = self._judge(placed.graph, second.graph)
+            notes = (*notes, said)
+            placed, options = (second, changed) if kept else (placed, options)
+        return self._finished(placed, options, notes)
+
+    def _finished(self, placed: Placed, options: BuildOptions, notes: tuple[str, ...]) -> _Made:
+        record = placed.record()
+        if options.float_type == "float32":
+            return _Made(placed.graph, placed.graph, options, record, notes)
+        floats = {} if options.weight_only else floats_of(self.folded, options)
+        half = to_half(placed.graph, options.float_type, ranges=self.ranges or {}, weights=floats)
+        return _Made(half.graph, half.graph, options, {**record, **half.record()}, (*notes, *half.notes))
+
+    def implicit(self, options: BuildOptions) -> _Made:
+        """The float network, and what its cache means."""
+        network = apply_biases(self.folded, options.biases)
+        cache = cache_of(self.folded, self.ranges, self.target)
+        found = reference_of_cache(network, cache, floats=options.exclude)
+        notes: tuple[str, ...] = ()
+        if options.bias_correction and not options.biases and self.calibration is not None:
+            changed = options.with_(biases=self._biases(found.graph))
+            corrected = apply_biases(self.folded, changed.biases)
+            second = reference_of_cache(corrected, cache, floats=options.exclude)
+            kept, said = self._judge(found.graph, second.graph)
+            notes = (said,)
+            network, found, options = (corrected, second, changed) if kept else (network, found, options)
+        record = {"placement": "implicit: TensorRT's own, from a calibration cache", "float_nodes": dict(found.floats)}
+        return _Made(network, found.graph, options, {**record, "nodes_quantized": len(found.layers)}, notes)
+
+    def _biases(self, reference: Graph) -> dict[str, Array]:
+        looked_at = self.calibration.take(0, min(_BIAS_IMAGES, len(self.calibration))).batches(self.size)
+        return correct_bias(self.model.folded(), reference, looked_at, progress=self.progress)
+
+    def _judge(self, before: Graph, after: Graph) -> tuple[bool, str]:
+        """Whether corrected biases help on images at the other end of the set, and what to say of it."""
+        old, new = (self.judged(graph)["sqnr_db"] for graph in (before, after))
+        words = f"biases corrected: {new:.1f} dB against {old:.1f} dB without, on synthetic images"
+        kept = new >= old - _TOLERANCE_DB
+        return kept, words if kept else f"{words}: rejected"
+
+    def judged(self, graph: Graph) -> dict[str, float]:
+        """Agreement and SQNR of a reference against the float network, on images at the end of the set; nothing without a set."""
+        if self.calibration is None:
+            return {}
+        images = self.calibration.take(max(0, len(self.calibration) - _JUDGE_IMAGES)).batches(self.size)
+        agreement, ratio = _quality(self.model, graph, images)
+        return {"agreement": agreement, "sqnr_db": ratio}
 
 
 def _quality(model: Any, graph: Graph, batches: Iterable[Feeds]) -> tuple[float, float]:
@@ -286,13 +387,6 @@ def _outputs(graph: Graph, batches: Iterable[Feeds]) -> Iterable[dict[str, Array
         for feeds in batches:
             found = twin.run({name: torch.from_numpy(np.array(value)) for name, value in feeds.items()})
             yield {name: value.numpy() for name, value in found.items()}
-
-
-def _write(graph: Graph, path: Path, target: Target) -> None:
-    proto = graph.editable()
-    proto.ir_version = max(target.ir_version, 10) if graph.opset >= 21 else target.ir_version
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def _entry(path: Path) -> dict[str, str]:

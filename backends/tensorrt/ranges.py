@@ -34,13 +34,14 @@ from zsq_deploy.model.graph import Graph
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.histogram import Histogram
 from zsq_deploy.quant.ranges import Ranges
-from zsq_deploy.quant.statistics import Statistics, micro_batches
+from zsq_deploy.quant.statistics import Statistics, collect, micro_batches
 
 __all__ = [
     "BINS",
     "LEVELS",
     "METHODS",
     "Magnitudes",
+    "calibrate",
     "collect_magnitudes",
     "divergences",
     "entropy_amax",
@@ -57,8 +58,9 @@ BINS = 2048
 LEVELS = 128
 """Magnitudes that int8 with a sign can tell apart; also the narrowest range tried, in bins."""
 
-METHODS = ("entropy", "minmax")
-"""Range methods of this module, as in ``tensorrt-entropy``."""
+METHODS = ("entropy2", "entropy", "minmax")
+"""Range methods of this module, as in ``tensorrt-entropy2``. Both entropy calibrators search alike; they differ in when TensorRT asks
+for the images (``entropy``: after layers are fused), and so in which tensors a cache of the device holds."""
 
 _TIE = 1e-12
 """Divergences this close (float64 noise) count as equal."""
@@ -181,7 +183,7 @@ def tensorrt_ranges(
 
     Args:
         statistics: Of :func:`zsq_deploy.quant.statistics.collect`, or the exact ones of :func:`collect_magnitudes`.
-        method: ``entropy`` or ``minmax``.
+        method: ``entropy2``, ``entropy`` or ``minmax``.
         model_digest: Of the network; that of the statistics where empty.
         set_digest: Of the calibration set; that of the statistics where empty.
 
@@ -205,6 +207,64 @@ def tensorrt_ranges(
     if isinstance(statistics, Statistics):
         model_digest, set_digest = model_digest or statistics.model_digest, set_digest or statistics.set_digest
     return Ranges(values, f"tensorrt-{method}", model_digest, set_digest)
+
+
+def calibrate(
+    graph: Graph,
+    calibration: Any,
+    calibrator: str,
+    *,
+    micro_batch: int = 16,
+    device: str | torch.device | None = None,
+    model_digest: str = "",
+    progress: Progress = SILENT,
+) -> Ranges:
+    """What one of TensorRT's calibrators makes of a calibration set; the numbers of all images are counted exactly.
+
+    Args:
+        graph: The network, batch norm folded.
+        calibration: The :class:`~zsq_deploy.calib.CalibrationSet`.
+        calibrator: ``tensorrt-entropy2``, ``tensorrt-entropy`` or ``tensorrt-minmax``.
+        micro_batch: Images that go through the network at a time; 1 for a network of fixed batch size.
+        device: Where to compute; ``None``: a CUDA device where there is one.
+        model_digest: Goes into the result; the graph's own digest otherwise.
+        progress: Watches.
+
+    Raises:
+        UsageError: There is no such calibrator, or it is ``tensorrt-legacy``, whose search is not published.
+        CalibrationError: The set is empty or does not fit the network.
+    """
+    prefix, _, method = calibrator.partition("-")
+    if prefix != "tensorrt" or method not in METHODS:
+        raise UsageError(
+            f"TensorRT's calibrator {calibrator!r} cannot be computed here",
+            where="--ranges",
+            remedy=f"choose one of {', '.join(f'tensorrt-{name}' for name in METHODS)}; what the legacy calibrator does with its "
+            "quantile and cutoff is not published: run it on the device",
+        )
+    where = torch.device(device) if device is not None else None
+    statistics = collect(
+        graph,
+        calibration.batches(16),
+        micro_batch=micro_batch,
+        device=None if where is None else str(where),
+        progress=progress,
+        total=len(calibration),
+        set_digest=str(calibration.digest),
+    )
+    found: Statistics | dict[str, Magnitudes] = statistics
+    if method != "minmax":
+        amax = {name: max(-item.minimum, item.maximum, 0.0) for name, item in statistics.items()}
+        found = collect_magnitudes(
+            graph,
+            calibration.batches(16),
+            amax,
+            micro_batch=micro_batch,
+            device=where,
+            progress=progress,
+            total=len(calibration),
+        )
+    return tensorrt_ranges(found, method, model_digest=model_digest or graph.digest, set_digest=str(calibration.digest))
 
 
 def collect_magnitudes(

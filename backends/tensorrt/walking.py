@@ -17,6 +17,7 @@ __all__ = [
     "Rounded",
     "addend",
     "between",
+    "element_types",
     "is_product",
     "moves",
     "skips",
@@ -118,3 +119,20 @@ def between(rounded: Rounded, node: onnx.NodeProto) -> bool:
     if len(readers) == 1 and readers[0].op_type in ACTIVATIONS and not rounded.graph.is_output(value):
         value = str(readers[0].output[0])
     return bool(rounded.reading(value))
+
+
+def element_types(graph: Graph) -> dict[str, int]:
+    """Element type of every value, by ONNX's type inference; constants and inputs included."""
+    inferred = onnx.shape_inference.infer_shapes(graph.proto).graph
+    found = {
+        info.name: info.type.tensor_type.elem_type
+        for info in (*inferred.value_info, *inferred.input, *inferred.output)
+        if info.type.HasField("tensor_type")
+    }
+    found.update({tensor.name: tensor.data_type for tensor in inferred.initializer})
+    for node in graph:
+        if node.op_type == "Constant":
+            array = graph.constant(node.output[0])
+            if array is not None:
+                found[node.output[0]] = int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+    return found

@@ -19,9 +19,10 @@ import pytest
 from zsq_deploy.backends import BuildSettings, get_backend, get_target, target_names
 from zsq_deploy.backends.tensorrt.bundle import trtexec_build_flags, trtexec_time_flags, write_bundle
 from zsq_deploy.backends.tensorrt.cache import check_binding, read_cache
+from zsq_deploy.backends.tensorrt.implicit import CACHE_VERSION, write_implicit
 from zsq_deploy.backends.tensorrt.options import BuildOptions, options_from
 from zsq_deploy.backends.tensorrt.ort_table import read_table
-from zsq_deploy.backends.tensorrt.quantizer import CACHE_VERSION, _implicit, build, choose
+from zsq_deploy.backends.tensorrt.quantizer import build, choose
 from zsq_deploy.backends.tensorrt.runner import missing_features
 from zsq_deploy.backends.tensorrt.scale_files import compare_files
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
@@ -353,7 +354,7 @@ def test_a_folder_without_a_cache_has_no_second_way(tmp_path: Path):
     assert (done.returncode, "no second way" in done.stderr) == (2, True)
     assert "calibration.cache" not in (folder / "README.md").read_text()
     nothing = Ranges(dict.fromkeys(ranges_of(model), (0.0, 0.0)), "minmax")
-    assert _implicit(tmp_path, model.folded().graph, nothing, TARGETS[10], None)[0] is None
+    assert write_implicit(tmp_path, model.folded().graph, nothing, TARGETS[10]) is None
     assert not (tmp_path / "calibration.cache").exists()
 
 
@@ -383,7 +384,7 @@ def test_running_is_refused_with_what_to_do(tmp_path: Path):
         backend.runner(tmp_path / "qdq.onnx", TARGETS[10])
     assert "trtexec.sh build" in str(caught.value)
     assert backend.float_modes(TARGETS[10]) == {}
-    assert "TensorRT 10 on the device itself" in missing_features(TARGETS[10])[0]
+    assert "TensorRT 10" in missing_features(TARGETS[10])[0]
     assert backend.device_facts(TARGETS[11])["wanted"] == "TensorRT 11"
 
 

@@ -258,7 +258,7 @@ def test_errors_come_first_and_files_are_read(tmp_path: Path):
 
 def test_a_float_network_is_clean():
     assert lint(network("residual").folded().graph, TEN) == []
-    assert len(RULES) == 13
+    assert len(RULES) == 14
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

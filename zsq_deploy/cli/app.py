@@ -243,10 +243,21 @@ def quantize(
     recipe = recipe_from(said)
     built = quantize_only(recipe, output, force=force, resume=resume, progress=progress_for(quiet, as_json))
     if as_json:
-        print_json({name: {"path": str(engine.path), "bytes": engine.bytes} for name, engine in built.items()})
+        print_json(
+            {
+                name: {
+                    "path": str(engine.path),
+                    "bytes": engine.bytes,
+                    **{key: engine.choices[key] for key in ("expected_kernels",) if key in engine.choices},
+                }
+                for name, engine in built.items()
+            }
+        )
     else:
         for name, engine in built.items():
             sys.stdout.write(f"{name}: {engine.path} ({engine.bytes:,} bytes)\n")
+            for line in engine.choices.get("expectation", ()):  # which kernels the runtime should make of it
+                sys.stdout.write(f"  {line}\n")
     return 0
 
 

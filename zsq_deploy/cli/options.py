@@ -137,7 +137,8 @@ RangesOpt = Annotated[
         "--ranges",
         metavar="NAME",
         help="How activation ranges are found: auto (min-max that looks at coverage), minmax, percentile, entropy, mse, bn-analytic; "
-        "or ONNX Runtime's own calibrators: ort-minmax, ort-entropy, ort-percentile.",
+        "or ONNX Runtime's own calibrators: ort-minmax, ort-entropy, ort-percentile; "
+        "or TensorRT's: tensorrt-entropy2, tensorrt-entropy, tensorrt-minmax.",
         rich_help_panel=_QUANTIZE,
     ),
 ]
@@ -154,6 +155,15 @@ ExactOpt = Annotated[
     typer.Option(
         "--exact-scales/--free-scales",
         help="Round scales so that engine and reference agree bit for bit.",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
+FloatTypeOpt = Annotated[
+    str,
+    typer.Option(
+        "--float-type",
+        metavar="TYPE",
+        help="TensorRT 10 and 11: type of what is computed outside of Q/DQ pairs: float32, float16, bfloat16.",
         rich_help_panel=_QUANTIZE,
     ),
 ]

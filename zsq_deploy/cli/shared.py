@@ -70,6 +70,7 @@ QUANTIZATION = (
         ranges=(o.RangesOpt, "auto"),
         bias_correction=(o.BiasOpt, True),
         exact_scales=(o.ExactOpt, True),
+        float_type=(o.FloatTypeOpt, "float32"),
         search=(o.SearchOpt, True),
         exclude=(o.ExcludeOpt, None),
         compress_weights=(o.CompressOpt, None),

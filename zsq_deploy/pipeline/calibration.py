@@ -22,7 +22,11 @@ from zsq_deploy.recipe import CalibrationSection
 __all__ = ["OWN_CALIBRATORS", "RANGE_METHODS", "Images", "MeasuredRanges", "images_in", "make_images", "measure_ranges"]
 
 RANGE_METHODS = ("auto", "minmax", "percentile", "entropy", "mse", "bn-analytic")
-OWN_CALIBRATORS = ("ort-minmax", "ort-entropy", "ort-percentile")
+OWN_CALIBRATORS = (
+    *("ort-minmax", "ort-entropy", "ort-percentile"),
+    *("tensorrt-entropy2", "tensorrt-entropy", "tensorrt-minmax"),
+)
+"""The calibrators of the runtimes themselves; each runtime's ``CALIBRATORS`` says which are its own."""
 
 COVERAGE_SIGMAS = 6.0
 """How far behind a batch norm activations are taken to reach, in its own standard deviations, when `auto` looks at coverage."""

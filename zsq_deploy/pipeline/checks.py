@@ -107,9 +107,14 @@ def _check_quantizers(recipe: Recipe, model: Model, targets: Sequence[Target]) -
         backend.check_options(model.folded().graph, target, backend.options_from(settings_of(recipe), target))
         if spec.ranges in OWN_CALIBRATORS and spec.ranges not in backend.CALIBRATORS:
             raise UsageError(
-                f"{spec.ranges} is a calibrator of ONNX Runtime, and target {target.name!r} runs in {target.runtime}",
+                f"{spec.ranges} is no calibrator of {target.runtime}, in which target {target.name!r} runs",
                 where="--ranges",
-                remedy=f"choose one of {', '.join(RANGE_METHODS)}; NNCF's and POT's own statistics come with --quantizer nncf or pot",
+                remedy=f"choose one of {', '.join((*RANGE_METHODS, *backend.CALIBRATORS))}"
+                + (
+                    "; NNCF's and POT's own statistics come with --quantizer nncf or pot"
+                    if "nncf" in backend.QUANTIZERS
+                    else ""
+                ),
             )
     unread = sorted(set(spec.vendor) - known)
     if unread:

@@ -61,6 +61,7 @@ def settings_of(recipe: Recipe) -> EngineSettings:
         op_types=tuple(spec.op_types) if spec.op_types else None,
         exclude=tuple(spec.exclude or ()),
         exact_scales=spec.exact_scales,
+        float_type=spec.float_type,
         compress_weights=spec.compress_weights,
         vendor=spec.vendor,
         bias_correction=spec.bias_correction,
