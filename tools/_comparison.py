@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.evaldata import EvalData
 from zsq_deploy.model import Model, Preprocess
 
-__all__ = ["NETWORKS", "Network", "Tally", "cell", "real_halves", "real_set"]
+__all__ = ["NETWORKS", "Network", "Tally", "cell", "finished_sets", "real_halves", "real_set"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ def real_halves(model: Model, data: EvalData, count: int, seed: int) -> Iterator
     first, second = order[: len(data) // 2], order[len(data) // 2 :]
     for chosen, scored in ((first, second), (second, first)):
         yield real_set(model, data, chosen[: min(count, len(chosen))]), data.take(scored)
+
+
+def finished_sets(folders: Sequence[Path]) -> Iterator[CalibrationSet]:
+    """Calibration sets that were made before (those of held-out images are left out)."""
+    for folder in folders:
+        for manifest in sorted(folder.rglob("manifest.json")):
+            if manifest.parent.name == "calibration":
+                yield CalibrationSet.open(manifest.parent, verify=False)
 
 
 class Tally:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _comparison import NETWORKS, Network, Tally, cell, real_halves
+from _comparison import NETWORKS, Network, Tally, cell, finished_sets, real_halves
 
 from zsq_deploy.artifact import read_json, write_json
 from zsq_deploy.backends import get_backend, get_target
@@ -93,14 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(name, key, json.dumps(row), flush=True)
     sys.stdout.write(markdown(results))
     return 0
-
-
-def finished_sets(folders: Sequence[Path]) -> Iterator[CalibrationSet]:
-    """Calibration sets that were made before (those of held-out images are left out)."""
-    for folder in folders:
-        for manifest in sorted(folder.rglob("manifest.json")):
-            if manifest.parent.name == "calibration":
-                yield CalibrationSet.open(manifest.parent, verify=False)
 
 
 def parts(
