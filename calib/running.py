@@ -189,7 +189,7 @@ class Stage:
             seed=run.seed,
             others=run.others,
         )
-        wanted = run.batch_size or recipe.batch_size
+        wanted = recipe.batch_size if recipe.single else run.batch_size or recipe.batch_size
         self.loops = run.device.type == "cpu" and native.kernels() is not None
         self.checkpoint = Checkpoint(self._folder(), self._record(wanted), resume=run.resume)
         if recipe.prepare is not None:
@@ -211,7 +211,9 @@ class Stage:
         self.objective.piece = piece
         count = recipe.images(run.images, labels) if recipe.images is not None else run.images
         self.sizes = batch_sizes(count, largest, fixed or 1)
-        if recipe.follows and before is not None:
+        if recipe.single:
+            self.sizes = [largest]
+        elif recipe.follows and before is not None:
             self.sizes = list(before.sizes)
 
     def _folder(self) -> Path | None:

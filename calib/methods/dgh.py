@@ -38,7 +38,7 @@ from zsq_deploy.calib.parts.recipe import Group, Recipe
 from zsq_deploy.calib.parts.schedules import Plateau
 from zsq_deploy.calib.parts.terms.output import OutputRange
 
-__all__ = ["DEFAULTS", "LOSS", "recipe"]
+__all__ = ["DEFAULTS", "LOSS", "MEANINGS", "recipe"]
 
 #: Standard deviations over all images, the image itself a layer.
 LOSS = BNLoss(moment="std", norm="l2sq", divide_by="channels", eps=1e-6, reduce="mean", input_layer=True)
@@ -52,6 +52,18 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "output_weight": 1e-5,
         "margin": 1 / 7,
         "smoothing": 1.25,
+    }
+)
+
+
+#: What parameters of this method alone mean.
+MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "piece": "images that go through the network at a time",
+        "batch_size": "most images that share their statistics",
+        "output_weight": "weight of the loss that asks for decided outputs",
+        "margin": "pixels around the image while it is optimised, as a share of its sides",
+        "smoothing": "width in pixels of the Gaussian that the pixels are smoothed with",
     }
 )
 

@@ -9,7 +9,7 @@ No code was released, and only the abstract and summaries of the paper could be 
 statistics averaged over a zoo of networks, total variation and L2 priors, and that the images serve block reconstruction (1,024 of them).
 Not known: all weights, step size, number of steps, the box's distribution.
 
-Deliberate deviations and choices of our own:
+Deliberate deviations:
 
 * optimiser, schedule, form of the batch-norm distance, and weights are DeepInversion's in this project (see :mod:`.deepinversion`), whose line the paper continues;
 * half of the steps are mixed (`mix`), because the images that come out are whole ones, and their statistics count too;
@@ -33,7 +33,7 @@ from zsq_deploy.calib.parts.schedules import Cosine
 from zsq_deploy.calib.parts.terms import PixelNorm, TotalVariation
 from zsq_deploy.calib.parts.terms.networks import Zoo
 
-__all__ = ["DEFAULTS", "LOSS", "recipe"]
+__all__ = ["DEFAULTS", "LOSS", "MEANINGS", "recipe"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -49,6 +49,16 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "box_least": 0.2,
         "box_most": 0.7,
         "clip": True,
+    }
+)
+
+
+#: What parameters of this method alone mean.
+MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "mix": "share of the steps in which images are pasted into each other",
+        "box_least": "least side of the pasted box, as a share of the image's",
+        "box_most": "largest side of it",
     }
 )
 

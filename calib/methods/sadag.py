@@ -35,7 +35,7 @@ from zsq_deploy.calib.parts.student import quantized_student
 from zsq_deploy.calib.parts.terms.diversity import GradientDiversity, remember_answers
 from zsq_deploy.calib.parts.terms.match import NeighbourMatch
 
-__all__ = ["DEFAULTS", "recipe"]
+__all__ = ["DEFAULTS", "MEANINGS", "recipe"]
 
 _PASSES = 4  # teacher and student, image and neighbour
 
@@ -50,6 +50,21 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "diversity_weight": 1.0,
         "student_weights": 4,
         "student_activations": 4,
+    }
+)
+
+
+#: What parameters of this method alone mean.
+MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "refine_steps": "steps of the second stage",
+        "refine_latent_rate": "step size of the latents in it",
+        "refine_generator_rate": "step size of the generator's weights in it",
+        "radius": "how far off, in latents, the neighbour of an image is decoded",
+        "match_weight": "weight of the mismatch between an image's gradient and its neighbour's",
+        "diversity_weight": "weight of the agreement with the closest other image",
+        "student_weights": "bits of the student's weights",
+        "student_activations": "bits of the student's activations",
     }
 )
 

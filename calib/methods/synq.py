@@ -40,7 +40,7 @@ from zsq_deploy.calib.parts.schedules import Plateau
 from zsq_deploy.calib.parts.terms import CrossEntropy
 from zsq_deploy.calib.parts.terms.centres import CentreStatistics
 
-__all__ = ["DEFAULTS", "LOSS", "recipe"]
+__all__ = ["DEFAULTS", "LOSS", "MEANINGS", "recipe"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -59,6 +59,18 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "crop_area": 0.4,
         "cutoff": 80.0,
         "clip": True,
+    }
+)
+
+
+#: What parameters of this method alone mean.
+MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "centre_steps": "optimisation steps of the images whose statistics are the centre",
+        "centre_rate": "their step size at the start",
+        "centre_label_weight": "weight of the label loss for them",
+        "centre_weight": "weight of the distance from the centre's statistics",
+        "cutoff": "width of the low-pass filter on finished images, in periods per image; 0: no filter",
     }
 )
 

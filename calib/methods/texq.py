@@ -10,7 +10,7 @@ re-implementation of the centres): one image a class, 1,500 steps, constant step
 mean and biased variance, mean over channels and layers, times 0.2 in the shallow half and 1.1 in the deep one; nine Laws filters with thresholds 0.3, 0.5 and
 0.015; generator of GDFQ's family, Adam with step size 1e-3 (betas 0.5 and 0.999), a tenth after each quarter of 80,000 steps.
 
-Deliberate deviations and choices of our own:
+Deliberate deviations:
 
 * the formula of the texture loss is ours (see :class:`~zsq_deploy.calib.parts.terms.texture.TextureShares`); its three thresholds are the published ones, and so
   understood the project's fractal pictures fulfil them on average;
@@ -39,7 +39,7 @@ from zsq_deploy.calib.parts.terms import CrossEntropy
 from zsq_deploy.calib.parts.terms.centres import CentreStatistics
 from zsq_deploy.calib.parts.terms.texture import TextureShares
 
-__all__ = ["CENTRE_LOSS", "DEFAULTS", "LOSS", "recipe"]
+__all__ = ["CENTRE_LOSS", "DEFAULTS", "LOSS", "MEANINGS", "recipe"]
 
 #: Form B1g of the batch-norm-statistics loss: for the centres.
 CENTRE_LOSS = BNLoss(moment="var", norm="mse", reduce="mean", layer_weight="shallow_0.2_deep_1.1")
@@ -64,6 +64,20 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "latent": 100,
         "batch_size": 128,
         "clip": True,
+    }
+)
+
+
+#: What parameters of this method alone mean.
+MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "centre_steps": "optimisation steps of the images whose statistics are the centre",
+        "centre_rate": "their step size",
+        "centre_label_weight": "weight of the label loss for them",
+        "texture_weight": "weight of their texture loss",
+        "generator_steps": "steps of the generator's training",
+        "generator_batch": "images of each of them",
+        "centre_weight": "weight of the distance from the centre's statistics",
     }
 )
 
@@ -112,7 +126,7 @@ def recipe(parameters: Mapping[str, Any]) -> tuple[Recipe, ...]:
         batch_size=parameters["generator_batch"],
         clip=parameters["clip"],
         prepare=centre_statistics,
-        images=lambda _asked, _labels: parameters["generator_batch"],
+        single=True,
     )
     drawing = Recipe(
         loss=None,

@@ -29,6 +29,7 @@ class MomentTable:
     """
 
     def __init__(self, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self._sizes, self._total = sizes, sum(sizes)
         self._share = torch.tensor(sizes, dtype=dtype, device=device) / sum(sizes)
         self._mean: Tensor | None = None
         self._var: Tensor | None = None
@@ -58,16 +59,14 @@ class MomentTable:
         names = list(observed)
         mean = torch.cat([observed[name].mean for name in names])
         var = torch.cat([observed[name].var for name in names])
-        own = self._share[piece]
-        others = self._share.clone()
-        others[piece] = 0
-        rest = others.sum()
-        if float(rest) == 0:
+        own = self._sizes[piece] / self._total
+        rest = 1 - own
+        if len(self._sizes) == 1:
             return dict(observed)
-        weight = (others / rest)[:, None]
-        rows = torch.arange(len(others), device=mean.device) != piece
-        rest_mean = (weight * self._mean)[rows].sum(0)
-        rest_var = (weight * (self._var + (self._mean - rest_mean).square()))[rows].sum(0)
+        others = [number for number in range(len(self._sizes)) if number != piece]
+        weight = (self._share[others] / rest)[:, None]
+        rest_mean = (weight * self._mean[others]).sum(0)
+        rest_var = (weight * (self._var[others] + (self._mean[others] - rest_mean).square())).sum(0)
         total_mean = own * mean + rest * rest_mean
         total_var = own * var + rest * rest_var + own * rest * (mean - rest_mean).square()
         sizes = [observed[name].mean.shape[0] for name in names]

@@ -19,7 +19,8 @@ def low_pass(images: Tensor, cutoff: float) -> Tensor:
     down = torch.fft.fftfreq(height, 1 / height, dtype=torch.float64)
     right = torch.fft.rfftfreq(width, 1 / width, dtype=torch.float64)
     gain = torch.exp(-(down[:, None].square() + right[None, :].square()) / (2 * cutoff**2))
-    return torch.fft.irfft2(torch.fft.rfft2(images.contiguous()) * gain.to(images), s=(height, width))
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images.contiguous()) * gain.to(images), s=(height, width))
+    return filtered
 
 
 class FilteredPixels(Pixels):

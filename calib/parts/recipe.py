@@ -102,6 +102,7 @@ class Recipe:
             the whole batch and memory is that of a piece (see :mod:`~zsq_deploy.calib.parts.all_images`); 0: off.
         passes: Runs of the network over a batch whose activations are kept at once, if a later stage keeps more of them than this one.
         follows: Make the batches of the stage before again, image by image, instead of cutting anew.
+        single: Make one batch of `batch_size` images, or of as many as fit, whatever was asked for (it trains a generator).
     """
 
     loss: BNLoss | None
@@ -123,6 +124,7 @@ class Recipe:
     piece: int = 0
     passes: int = 1
     follows: bool = False
+    single: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
