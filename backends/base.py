@@ -71,6 +71,7 @@ class BuildSettings:
         quantize_outputs: Quantize the network's outputs too.
         weight_method: ``minmax`` or ``mse``.
         exact_scales: Scales on which engine and reference agree exactly (:mod:`zsq_deploy.quant.exact_scales`).
+        float_type: Type of what is computed in float: ``float32``, ``float16`` or ``bfloat16``, written into the graph itself.
         compress_weights: Compress weights in this way (``int8_sym``, ...) instead of quantizing; ``None``: quantize.
         vendor: What one quantizer is told in its own words: quantizer -> word -> value; only what differs from its defaults.
     """
@@ -82,6 +83,7 @@ class BuildSettings:
     quantize_outputs: bool = False
     weight_method: str = "minmax"
     exact_scales: bool = True
+    float_type: str = "float32"
     compress_weights: str | None = None
     vendor: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

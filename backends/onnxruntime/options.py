@@ -167,15 +167,21 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
     """
     if settings.quantizer != "auto":
         raise UsageError(
-            f"the quantizer {settings.quantizer!r} is one of OpenVINO's; target {target.name!r} has ONNX Runtime's own only",
+            f"the quantizer {settings.quantizer!r} is another runtime's; target {target.name!r} has ONNX Runtime's own only",
             where="--quantizer",
-            remedy="leave it at auto, or deploy the OpenVINO targets in a run of their own",
+            remedy="leave it at auto, or deploy the other targets in a run of their own",
         )
     if settings.compress_weights is not None:
         raise UsageError(
             f"target {target.name!r} does not compress weights without quantizing",
             where="--compress-weights",
             remedy="leave it out, or deploy the OpenVINO targets in a run of their own",
+        )
+    if settings.float_type != "float32":
+        raise UsageError(
+            f"target {target.name!r} computes in float32 what it does not quantize",
+            where="--float-type",
+            remedy="leave it out, or deploy the TensorRT targets in a run of their own",
         )
     return BuildOptions(
         bits=settings.bits,

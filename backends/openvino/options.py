@@ -278,7 +278,12 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
     Raises:
         UsageError: There is no such quantizer, or it knows no such word or value.
     """
-    del target
+    if settings.float_type != "float32":
+        raise UsageError(
+            f"target {target.name!r} computes in float32 what it does not quantize",
+            where="--float-type",
+            remedy="leave it out, or deploy the TensorRT targets in a run of their own",
+        )
     vendor = {name: dict(words) for name, words in settings.vendor.items()}
     pot = vendor.get("pot", {})
     if pot.get("config_path") is not None:
