@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from typing import Protocol as TypingProtocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +19,26 @@ from zsq_deploy.model.twin import Twin
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import correct_bias
 from zsq_deploy.quant.qdq import PlacementRules
-from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
-from zsq_deploy.quant.reconstruct.learn import BlockLearner, channel_axis, word
 from zsq_deploy.quant.reconstruct.presets import Preset
 from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, Protocol, assign
-from zsq_deploy.quant.reconstruct.runner import Runner
 from zsq_deploy.quant.reconstruct.state import State, initial_state, write
 from zsq_deploy.quant.reconstruct.template import Template, make_template
+from zsq_deploy.quant.reconstruct.work import BlockReport, ImageSet, Work
 from zsq_deploy.quant.scheme import Granularity, Scheme
-from zsq_deploy.quant.statistics import collect, micro_batches
+from zsq_deploy.quant.statistics import collect
 
-__all__ = ["ACTIVATION", "WEIGHT", "BlockReport", "ImageSet", "Reconstruction", "reconstruct", "round_to_nearest"]
+__all__ = [
+    "ACTIVATION",
+    "WEIGHT",
+    "BlockReport",
+    "ImageSet",
+    "Reconstruction",
+    "reconstruct",
+    "round_to_nearest",
+    "start",
+]
 
 Array = npt.NDArray[Any]
 
@@ -42,40 +47,6 @@ ACTIVATION = Scheme(8, signed=False, symmetric=False)
 
 WEIGHT = Scheme(8, signed=True, symmetric=True, granularity=Granularity.CHANNEL, restricted=True)
 """Weights as most runtimes take them: signed, zero point 0, one scale an output channel."""
-
-_MICRO = 32  # images that go through a block at a time where nothing is learned
-
-
-class ImageSet(TypingProtocol):
-    """What this package needs of a calibration set."""
-
-    @property
-    def digest(self) -> str:
-        """Digest of the content."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int) -> Iterator[dict[str, Array]]:
-        """The images in order, by input name."""
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """How a block went.
-
-    Attributes:
-        name: Of the block.
-        layers: Nodes with weights in it.
-        before: Loss on all images with the weights and scales that learning started from (inputs already quantized).
-        after: Loss with what was learned, rounding decided.
-        seconds: Wall time.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    before: float
-    after: float
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,22 +91,37 @@ class Reconstruction:
         return write(self.template, self.state, int4_weights=True)
 
 
-def _start(
+def start(
     model: Model,
     calibration_set: ImageSet,
     bits: str | Bits,
     protocol: str | Protocol,
     *,
-    graph: Graph | None,
-    rules: PlacementRules | None,
-    activation: Scheme,
-    weight: Scheme,
+    graph: Graph | None = None,
+    rules: PlacementRules | None = None,
+    activation: Scheme = ACTIVATION,
+    weight: Scheme = WEIGHT,
     device: torch.device,
-    progress: Progress,
-    power: float,
-    candidates: int,
+    progress: Progress = SILENT,
+    power: float = 2.4,
+    candidates: int = 100,
 ) -> tuple[Template, Assignment, State]:
-    """Places of quantizers, their bits, and the numbers to start from."""
+    """Places of quantizers, their bits, and the numbers to start from: weights rounded to nearest, ranges of the smallest squared error.
+
+    Args:
+        model: The network.
+        calibration_set: Images in network input space.
+        bits: See :func:`reconstruct`, as everything that is not said here.
+        protocol: What keeps 8 bits.
+        graph: Instead of the model's folded graph.
+        rules: Where Q/DQ may stand.
+        activation: Scheme of 8-bit activations.
+        weight: Scheme of 8-bit weights.
+        device: Where to compute.
+        progress: Where to report.
+        power: Exponent of the error that weight scales minimize.
+        candidates: Clip ratios that are tried for it.
+    """
     if len(calibration_set) == 0:
         raise CalibrationError("there are no images to learn from", where="calibration_set", remedy="give some")
     folded = graph if graph is not None else model.folded().graph
@@ -212,7 +198,7 @@ def round_to_nearest(
     started = time.monotonic()
     place = _device(device)
     chosen = Protocol.of(protocol)
-    template, assignment, state = _start(
+    template, assignment, state = start(
         model,
         calibration_set,
         bits,
@@ -289,7 +275,7 @@ def reconstruct(
     started = time.monotonic()
     place = _device(device)
     chosen, schedule, wanted = Protocol.of(protocol), Preset.of(preset), Bits.of(bits)
-    template, assignment, state = _start(
+    template, assignment, state = start(
         model,
         calibration_set,
         wanted,
@@ -319,7 +305,7 @@ def reconstruct(
         }
         checkpoints = Checkpoints(folder, content, resume=resume)
     with Cache(len(calibration_set), folder, memory=memory) as cache:
-        work = _Work(template, state, schedule, seed, place, cache, checkpoints, progress)
+        work = Work(template, state, schedule, seed, place, cache, checkpoints, progress)
         reports = work.run(calibration_set)
     return Reconstruction(
         model=model,
@@ -333,119 +319,3 @@ def reconstruct(
         blocks=tuple(reports),
         seconds=time.monotonic() - started,
     )
-
-
-class _Work:
-    """One reconstruction on its way."""
-
-    def __init__(
-        self,
-        template: Template,
-        state: State,
-        preset: Preset,
-        seed: int,
-        device: torch.device,
-        cache: Cache,
-        checkpoints: Checkpoints | None,
-        progress: Progress,
-    ) -> None:
-        self.template, self.state, self.preset, self.seed = template, state, preset, seed
-        self.cache, self.checkpoints, self.progress = cache, checkpoints, progress
-        self.runner = Runner(template, device)
-        self.device = device
-        self.axes: dict[str, int | None] = {}
-        self.images = 0
-
-    def run(self, images: ImageSet) -> list[BlockReport]:
-        """All blocks, one after the other."""
-        self.images = len(images)
-        first = next(images.batches(1))
-        self.axes = self.runner.batch_axes({name: array.shape[1:] for name, array in first.items()})
-        uncut = {name for name, axis in self.axes.items() if axis is None}
-        blocks = find_blocks(self.template.plain, uncut=uncut)
-        last_reader = {name: number for number, block in enumerate(blocks) for name in block.inputs}
-        at = 0
-        for batch in micro_batches(images.batches(64), _MICRO):
-            for name, array in batch.items():
-                self.cache.put(f"q:{name}", at, torch.from_numpy(np.array(array)))
-            at += len(next(iter(batch.values())))
-        reports: list[BlockReport] = []
-        frozen: set[str] = set()
-        with self.progress.task("reconstruction", float(self.preset.steps * len(blocks))) as task:
-            for number, block in enumerate(blocks):
-                began = time.monotonic()
-                learner, before = None, self._floats(block)
-                layers = [layer.node for layer in self.runner.layers(block)]
-                if self.checkpoints is not None and self.checkpoints.has(number):
-                    self.state, _ = self.checkpoints.load(number, self.state)
-                    task.advance(self.preset.steps)
-                    groups = list(dict.fromkeys(site.group for site in self.runner.sites(block)))
-                else:
-                    learner = BlockLearner(
-                        self.runner,
-                        block,
-                        self.state,
-                        self.preset,
-                        seed=word(self.seed, number),
-                        frozen=frozenset(frozen),
-                        axes=self.axes,
-                    )
-                    groups = learner.groups()
-                    if layers:
-                        loss = learner.run(self.cache, self.images, task)
-                        self.state = learner.learned()
-                        if self.checkpoints is not None:
-                            self.checkpoints.save(number, self.state, layers, groups, loss)
-                    else:
-                        task.advance(self.preset.steps)
-                frozen.update(groups)
-                after = self._quantize(block)
-                reports.append(BlockReport(block.name, tuple(layers), before, after, time.monotonic() - began))
-                for name in block.inputs:
-                    if last_reader[name] == number:
-                        self.cache.drop(f"q:{name}")
-                        self.cache.drop(f"f:{name}")
-                for name in block.outputs:
-                    if name not in last_reader:
-                        self.cache.drop(f"q:{name}")
-                        self.cache.drop(f"f:{name}")
-        return reports
-
-    def _parts(self) -> Iterable[slice]:
-        return (slice(at, min(at + _MICRO, self.images)) for at in range(0, self.images, _MICRO))
-
-    def _floats(self, block: Block) -> float:
-        """Compute a block's float outputs; returns the loss with the numbers to start from."""
-        total = 0.0
-        for part in self._parts():
-            rounded = {name: self._take("q", name, part) for name in block.inputs}
-            exact = {
-                name: self._take("f", name, part) if f"f:{name}" in self.cache else rounded[name] for name in rounded
-            }
-            wanted = self.runner.floating(block, exact)
-            for name, tensor in wanted.items():
-                self.cache.put(f"f:{name}", part.start, tensor, self.axes.get(name) or 0)
-            total += self._loss(self.runner.hard(block, rounded, self.state), wanted) * (part.stop - part.start)
-        return total / self.images
-
-    def _quantize(self, block: Block) -> float:
-        """Compute a block's quantized outputs; returns the loss."""
-        total = 0.0
-        for part in self._parts():
-            found = self.runner.hard(block, {name: self._take("q", name, part) for name in block.inputs}, self.state)
-            wanted = {name: self._take("f", name, part) for name in block.outputs}
-            total += self._loss(found, wanted) * (part.stop - part.start)
-            for name, tensor in found.items():
-                self.cache.put(f"q:{name}", part.start, tensor, self.axes.get(name) or 0)
-        return total / self.images
-
-    def _take(self, kind: str, name: str, part: slice) -> torch.Tensor:
-        return self.cache.take(f"{kind}:{name}", part).to(self.device)
-
-    def _loss(self, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
-        total = 0.0
-        for name, tensor in found.items():
-            if tensor.is_floating_point():
-                axis = channel_axis(tensor, self.axes.get(name) or 0)
-                total += float((tensor - wanted[name]).square().sum(axis).mean())
-        return total

@@ -26,7 +26,7 @@ from zsq_deploy.quant.reconstruct.runner import Runner
 from zsq_deploy.quant.reconstruct.state import Activation, State, Weight
 from zsq_deploy.quant.reconstruct.template import Layer, Site
 
-__all__ = ["BlockLearner", "block_loss", "channel_axis", "draws", "mixed", "word"]
+__all__ = ["BlockLearner", "Stepper", "block_loss", "channel_axis", "draws", "mixed", "word"]
 
 
 def word(*numbers: int) -> int:
@@ -72,6 +72,9 @@ def mixed(rounded: Tensor, floating: Tensor, share: float, key: int) -> Tensor:
     mask = torch.from_numpy(dropped(rounded.numel(), key, share)).to(rounded.device)
     # positions count in the order of memory, whatever the order of the axes
     return torch.where(mask.as_strided(rounded.shape, rounded.stride()), floating, rounded)
+
+
+_SHOWN = 50  # steps between two reports
 
 
 @dataclass(eq=False)
@@ -128,10 +131,14 @@ class BlockLearner:
         self.factors = {
             group: torch.tensor(
                 state.activations[group].scale / self.units[group],
+                device=runner.device,
                 requires_grad=group in self.learned_groups and preset.activation_scale_lr > 0,
             )
             for group in self.groups()
         }
+
+    def _tensor(self, array: Any) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(self.runner.device)
 
     def groups(self) -> list[str]:
         """Groups of the block's sites."""
@@ -143,18 +150,18 @@ class BlockLearner:
     def _layer(self, layer: Layer) -> _Learned:
         weight = self.state.weights[layer.node]
         w = self.runner.tensor(self.runner.template.weights[layer.weight])
-        scale = torch.from_numpy(np.array(weight.along(weight.scale)))
+        scale = self._tensor(weight.along(weight.scale))
         # The zero point may differ from channel to channel: codes are counted from it, and so are the limits.
         base, logits = initial_logits(w, scale)
         unit = scale.clone() if self.preset.relative else torch.ones_like(scale)
         bias = bias_unit = shift = None
         if layer.bias:
-            bias = torch.from_numpy(np.array(self.state.biases[layer.node]))
+            bias = self._tensor(self.state.biases[layer.node])
             if self.preset.bias_lr > 0:
                 shift = torch.zeros_like(bias, requires_grad=True)
                 x = self.state.activations[layer.x].scale if layer.x else 1.0
                 steps = x * weight.scheme.levels**0.5
-                bias_unit = torch.from_numpy(np.array(weight.scale * steps)).reshape(-1)
+                bias_unit = self._tensor(weight.scale * steps).reshape(-1)
                 bias_unit = bias_unit.expand(bias.shape[-1]) if bias.dim() else bias_unit.reshape(())
         return _Learned(
             layer,
@@ -186,13 +193,12 @@ class BlockLearner:
                 found[item.layer.bias] = bias
         return found
 
-    @staticmethod
-    def _limits(item: _Learned) -> tuple[Any, Any]:
+    def _limits(self, item: _Learned) -> tuple[Any, Any]:
         zero = item.weight.along(item.weight.zero_point)
         scheme = item.weight.scheme
         if (zero == zero.reshape(-1)[0]).all():
             return item.limits()
-        low = torch.from_numpy(np.asarray(scheme.qmin - zero, np.float32))
+        low = self._tensor(np.asarray(scheme.qmin - zero, np.float32))
         return low, low + (scheme.qmax - scheme.qmin)
 
     def rounding(self, share: float, step: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -211,17 +217,27 @@ class BlockLearner:
         """The block's outputs with soft weights."""
         return self.runner.learning(self.block, inputs, self.constants(strength, beta), self.rounding(share, step))
 
+    def batch(self, cache: Cache, key: str, chosen: np.ndarray[Any, Any]) -> Tensor:
+        """Activations of some images, where the network is."""
+        return cache.take(key, chosen).to(self.runner.device)
+
     def inputs(self, cache: Cache, chosen: np.ndarray[Any, Any], share: float, step: int) -> dict[str, Tensor]:
         """A batch of the block's inputs, some of the elements as the float network has them."""
         found: dict[str, Tensor] = {}
         for number, name in enumerate(self.block.inputs):
-            rounded = cache.take(f"q:{name}", chosen)
+            rounded = self.batch(cache, f"q:{name}", chosen)
             if share > 0 and f"f:{name}" in cache and rounded.is_floating_point():
-                rounded = mixed(rounded, cache.take(f"f:{name}", chosen), share, word(self.seed, step, 1000 + number))
+                rounded = mixed(
+                    rounded, self.batch(cache, f"f:{name}", chosen), share, word(self.seed, step, 1000 + number)
+                )
             found[name] = rounded
         return found
 
     # -- all steps --
+
+    def stepper(self, cache: Cache) -> Stepper:
+        """What takes single steps; `cache` holds ``q:`` and ``f:`` inputs and ``f:`` outputs."""
+        return Stepper(self, cache)
 
     def run(self, cache: Cache, images: int, task: Task) -> float:
         """Learn.
@@ -235,51 +251,28 @@ class BlockLearner:
             Mean loss without regulariser over the last tenth of the steps.
         """
         preset = self.preset
-        groups, rates = self._parameters()
-        if not groups:
-            task.advance(preset.steps)
-            return math.nan
-        optimizer = torch.optim.Adam(groups, lr=1.0, fused=True)
+        stepper = self.stepper(cache)
         warm = int(preset.warmup * preset.steps)
         recent: list[float] = []
         for step, chosen in enumerate(draws(images, preset.batch, preset.steps, self.seed)):
-            part = step / preset.steps
-            falling = 0.5 * (1.0 + math.cos(math.pi * part))
-            for group, (rate, cosine) in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (falling if cosine else 1.0)
-            strength = preset.regulariser if step >= warm else 0.0
             done = (step - warm) / max(preset.steps - warm, 1)
-            beta = preset.beta[1] + (preset.beta[0] - preset.beta[1]) * max(0.0, 1.0 - done)
-            inputs = self.inputs(cache, chosen, preset.drop, step)
-            found = self.outputs(inputs, strength=strength, beta=beta, share=preset.drop, step=step)
-            ends: list[Tensor] = []
-            gradients: list[Tensor] = []
-            report = step % 50 == 49 or step >= 0.9 * preset.steps
-            value = 0.0
-            for name in self.block.outputs:
-                end = found[name]
-                if not end.requires_grad:
-                    continue
-                axis = channel_axis(end, self.axes.get(name) or 0)
-                difference = end.detach() - cache.take(f"f:{name}", chosen)
-                places = difference.numel() // difference.shape[axis]
-                if report:
-                    value += float(difference.square().sum()) / places
-                ends.append(end)
-                gradients.append(difference.mul_(2.0 / places))
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(ends, gradients)
-            optimizer.step()
-            self._bound()
-            if report:
+            shown = step % _SHOWN == _SHOWN - 1
+            value = stepper.step(
+                chosen,
+                step,
+                strength=preset.regulariser if step >= warm else 0.0,
+                beta=preset.beta[1] + (preset.beta[0] - preset.beta[1]) * max(0.0, 1.0 - done),
+                falling=0.5 * (1.0 + math.cos(math.pi * step / preset.steps)),
+                report=shown or step >= 0.9 * preset.steps,
+            )
+            if step >= 0.9 * preset.steps:
                 recent.append(value)
-            if step % 50 == 49:
-                task.advance(50, loss=value)
-        task.advance(preset.steps % 50)
-        last = recent[-max(preset.steps // 10, 1) :]
-        return float(np.mean(last))
+            if shown:
+                task.advance(_SHOWN, loss=value)
+        task.advance(preset.steps % _SHOWN)
+        return float(np.mean(recent)) if recent else math.nan
 
-    def _parameters(self) -> tuple[list[dict[str, Any]], list[tuple[float, bool]]]:
+    def parameters(self) -> tuple[list[dict[str, Any]], list[tuple[float, bool]]]:
         """Adam's groups, and for each its rate and whether it falls along a cosine."""
         preset = self.preset
         logits = [item.logits for item in self.layers]
@@ -300,7 +293,7 @@ class BlockLearner:
         return groups, rates
 
     @torch.no_grad()
-    def _bound(self) -> None:
+    def bound(self) -> None:
         """Scales stay positive, and a Clip that the codes enforce stays enforced."""
         for item in self.layers:
             if item.factor.requires_grad:
@@ -327,19 +320,86 @@ class BlockLearner:
             integers = codes.cpu().contiguous().numpy().astype(np.int32) + old.along(old.zero_point)
             weights[item.layer.node] = Weight(
                 np.ascontiguousarray(integers.astype(np.int32)),
-                scale.reshape(old.scale.shape).numpy().astype(np.float32),
+                scale.reshape(old.scale.shape).cpu().numpy().astype(np.float32),
                 old.zero_point,
                 old.scheme,
                 old.axis,
             )
             if item.bias is not None and item.bias_shift is not None and item.bias_unit is not None:
-                biases[item.layer.node] = (item.bias + item.bias_shift * item.bias_unit).numpy().astype(np.float32)
+                biases[item.layer.node] = (
+                    (item.bias + item.bias_shift * item.bias_unit).cpu().numpy().astype(np.float32)
+                )
         activations = {}
         for group in self.learned_groups:
             old_one = self.state.activations[group]
             value = float((self.factors[group] * self.units[group]).to(torch.float32))
             activations[group] = Activation(value, old_one.zero_point, old_one.scheme)
         return self.state.updated(weights, activations, biases)
+
+
+class Stepper:
+    """Single steps of a block.
+
+    Args:
+        learner: The block.
+        cache: Holds ``q:`` and ``f:`` inputs and ``f:`` outputs.
+    """
+
+    def __init__(self, learner: BlockLearner, cache: Cache) -> None:
+        self._learner, self._cache = learner, cache
+        groups, self._rates = learner.parameters()
+        self._optimizer = torch.optim.Adam(groups, lr=1.0, fused=True) if groups else None
+
+    def step(
+        self,
+        chosen: np.ndarray[Any, Any],
+        step: int,
+        *,
+        strength: float,
+        beta: float,
+        falling: float,
+        report: bool = False,
+    ) -> float:
+        """Draw, forward, backward, update.
+
+        Args:
+            chosen: Numbers of the images.
+            step: Number of the step; decides which elements are dropped.
+            strength: Weight of the regulariser.
+            beta: Its exponent.
+            falling: Factor on the rates that fall.
+            report: Whether the loss is wanted.
+
+        Returns:
+            The loss without regulariser, or NaN.
+        """
+        learner, optimizer = self._learner, self._optimizer
+        if optimizer is None:
+            return math.nan
+        for group, (rate, falls) in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * (falling if falls else 1.0)
+        share = learner.preset.drop
+        inputs = learner.inputs(self._cache, chosen, share, step)
+        found = learner.outputs(inputs, strength=strength, beta=beta, share=share, step=step)
+        ends: list[Tensor] = []
+        gradients: list[Tensor] = []
+        value = 0.0
+        for name in learner.block.outputs:
+            end = found[name]
+            if not end.requires_grad:
+                continue
+            # the gradient of `block_loss`, without the passes over memory that the loss itself would take
+            difference = end.detach() - learner.batch(self._cache, f"f:{name}", chosen)
+            places = difference.numel() // difference.shape[channel_axis(end, learner.axes.get(name) or 0)]
+            if report:
+                value += float(difference.square().sum()) / places
+            ends.append(end)
+            gradients.append(difference.mul_(2.0 / places))
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(ends, gradients)
+        optimizer.step()
+        learner.bound()
+        return value if report else math.nan
 
 
 def _quantizer(scale: Tensor, limits: Any, share: float, key: int) -> Callable[[Tensor], Tensor]:

@@ -113,7 +113,7 @@ class RoundedWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_scale = (g * codes).sum_to_size(scale.shape)
         raw = base + h
-        d_h = torch.where((raw >= low) & (raw <= high), g * scale, torch.zeros((), dtype=g.dtype))
+        d_h = torch.where((raw >= low) & (raw <= high), g * scale, torch.zeros((), dtype=g.dtype, device=g.device))
         if strength:
             away = 2.0 * h - 1.0
             d_h -= (2.0 * strength * beta) * away.sign() * away.abs().pow_(beta - 1.0)
