@@ -45,3 +45,17 @@ def broken():
 def crashing():
     print("illegal something", file=sys.stderr)
     os._exit(7)
+
+
+class Accelerated(Sleeper):
+    """A runner that tells a time of its accelerator: the number of runs so far."""
+
+    device_ms = 0.0
+
+    def run(self, feeds):
+        self.device_ms += 1
+        return super().run(feeds)
+
+
+def accelerated(seconds):
+    return Accelerated(seconds)

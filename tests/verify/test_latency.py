@@ -28,6 +28,10 @@ def test_summary_against_closed_forms():
     found = summarize([float(value) for value in range(1, 102)], threads=2, mode="x")
     assert (found.median_ms, found.p90_ms, found.p99_ms, found.mean_ms, found.min_ms) == (51, 91, 100, 51, 1)
     assert (found.runs, found.threads, found.mode) == (101, 2, "x")
+    assert (found.device_median_ms, found.device_p90_ms, found.device_p99_ms) == (None, None, None)
+    told = summarize([5.0, 6.0], threads=1, device_ms=[float(value) for value in range(1, 102)])
+    assert (told.device_median_ms, told.device_p90_ms, told.device_p99_ms) == (51, 91, 100)
+    assert told.median_ms == 5.5
     with pytest.raises(UsageError):
         summarize([], threads=1)
 
@@ -76,6 +80,18 @@ def test_two_runners_side_by_side():
     assert speedup.ratio == slow.median_ms / fast.median_ms
     assert speedup.ratio > 1
     assert found.environment["usable_cpus"] >= 1
+    assert slow.device_median_ms is None
+
+
+def test_the_time_of_an_accelerator_is_kept_apart():
+    found = compare_latency(
+        {"gpu": spec("accelerated", seconds=0.01)}, rounds=2, round_seconds=0.0, round_runs=4, starts=1, warmup=3
+    )
+    gpu = found.latencies["gpu"]
+    # The fake counts its runs, from the one at loading: 2 rounds of 3 untimed and 4 timed ones follow.
+    assert gpu.runs == 8
+    assert gpu.device_median_ms == np.median([5, 6, 7, 8, 12, 13, 14, 15])
+    assert gpu.median_ms >= 10
 
 
 def test_memory_is_that_of_the_child_alone():

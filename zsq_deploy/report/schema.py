@@ -389,6 +389,12 @@ class LatencyNumbers(_Section):
     )
     added_rss_bytes: int | None = Field(None, description="By how much loading and the first run raised that peak.")
     mode: str = Field("", description="What was run, in words.")
+    device_median_ms: Amount | None = Field(
+        None,
+        description="Median of the time that the accelerator alone worked, without copies and without Python, where the runtime tells it.",
+    )
+    device_p90_ms: Amount | None = Field(None, description="90th percentile of that time.")
+    device_p99_ms: Amount | None = Field(None, description="99th percentile of that time.")
 
 
 class LatencySection(_Section):

@@ -81,6 +81,7 @@ def summary(report: Report) -> RenderableType:
         *_quality_rows(report),
         ("latency, engine", _time("engine")),
         ("latency, engine, p99", _time("engine", "p99_ms")),
+        ("latency, engine, on the device alone", _time("engine", "device_median_ms")),
         ("latency, best float mode", _time("float_best")),
         ("latency, fp32", _time("float32")),
         ("speed-up over fp32", lambda target: words.times(target.latency.speedup)),
