@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from zsq_deploy import __version__
-from zsq_deploy.cli import environments, methods, pot_config
+from zsq_deploy.cli import bundles, environments, methods, pot_config
 from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.cli.shared import EVALUATION, IMAGES, MODEL, QUANTIZATION, RUN, SEED, with_options
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 
+app.command("bundle", short_help="Pack an engine with what proves it on a device.")(bundles.bundle)
 app.add_typer(methods.app, name="methods", short_help="The ways to make calibration images, explained.")
 app.add_typer(environments.app, name="env", short_help="Environments of their own, for POT.")
 app.add_typer(pot_config.importing, name="import", short_help="Turn another tool's configuration into a recipe.")

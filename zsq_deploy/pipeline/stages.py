@@ -48,6 +48,7 @@ __all__ = [
     "bench_folder",
     "open_engine",
     "quantize_only",
+    "recipe_in",
     "run_demo",
     "synthesize_set",
     "verify_folder",
@@ -202,7 +203,12 @@ def open_engine(folder: Path, name: str) -> Engine:
     )
 
 
-def _recipe_in(folder: Path) -> Recipe:
+def recipe_in(folder: Path) -> Recipe:
+    """The resolved recipe of an output folder.
+
+    Raises:
+        ZsqError: It is no output folder.
+    """
     file = folder / "recipe.resolved.yaml"
     if not file.is_file():
         raise ZsqError(
@@ -242,7 +248,7 @@ def _verify_finished(
     progress: Progress,
 ) -> Outcome:
     started = time.monotonic()
-    recipe = _recipe_in(folder).replace(dict(changes or {})).resolved()
+    recipe = recipe_in(folder).replace(dict(changes or {})).resolved()
     names = list(targets or recipe.targets)
     engines = {name: open_engine(folder, name) for name in names}
     model = load_recipe_model(recipe)
@@ -298,7 +304,7 @@ def bench_folder(
     progress: Progress = SILENT,
 ) -> dict[str, dict[str, Any]]:
     """Latency of the engines of an output folder: ``targets.<T>.latency`` by target (``zsq bench``)."""
-    recipe = _recipe_in(folder)
+    recipe = recipe_in(folder)
     sample = next(CalibrationSet.open(folder / "holdout").batches(1))
     return {
         name: measure_latency(open_engine(folder, name), sample, threads=threads, rounds=rounds, progress=progress)

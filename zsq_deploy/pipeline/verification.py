@@ -40,7 +40,7 @@ from zsq_deploy.verify import (
     walk_fused,
 )
 
-__all__ = ["Evidence", "batch_for", "measure_latency", "output_steps", "prepared", "verify_engine"]
+__all__ = ["Evidence", "batch_for", "measure_latency", "output_steps", "prepared", "runtime_version", "twin_predictor", "verify_engine"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -233,7 +233,7 @@ def verify_engine(
     proof = prove(engine_runner.kernels(sample))
     section: dict[str, Any] = {
         "runtime": target.runtime,
-        "runtime_version": _version(target.runtime),
+        "runtime_version": runtime_version(target.runtime),
         "summary": target.summary,
         "activation": str(target.activation),
         "weight": str(target.weight),
@@ -275,7 +275,8 @@ def verify_engine(
     return section
 
 
-def _version(runtime: str) -> str:
+def runtime_version(runtime: str) -> str:
+    """Version of an installed runtime; empty where it is not known."""
     try:
         return metadata.version(runtime)
     except metadata.PackageNotFoundError:
