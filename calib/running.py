@@ -196,7 +196,9 @@ class Stage:
             prepared = self.checkpoint.load_prepared()
             if prepared is None:
                 previous = () if before is None else before.batches
-                prepared = dict(recipe.prepare(Preparation(context, run.images, wanted, previous, run.progress)))
+                made = recipe.prepare(Preparation(context, run.images, wanted, previous, run.progress))
+                # As it comes back from a file: the layout of memory decides the order of sums.
+                prepared = {name: value.detach().contiguous() for name, value in made.items()}
                 self.checkpoint.save_prepared(prepared)
             context = replace(context, prepared={name: value.to(run.device) for name, value in prepared.items()})
         self.context = context

@@ -90,7 +90,7 @@ class Checkpoint:
         """Keep a finished batch (in memory if there is no folder); the state in which it was under way is no longer needed."""
         path, current = self._batch(index), self._current(index)
         if path is None:
-            self._held[index] = dict(tensors), dict(plain)
+            self._held[index] = _as_kept(tensors), dict(plain)
             return
         _write(path, tensors, plain)
         if current is not None:
@@ -131,11 +131,15 @@ def _files(folder: Path) -> list[Path]:
     return [path for kind in kinds for path in folder.glob(f"{kind}.safetensors")]
 
 
+def _as_kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file keeps them. The layout of memory decides the order of sums, so what stays in memory has to have the same."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def _write(path: Path | None, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     if path is None:
         return
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(kept, metadata={"state": json.dumps(plain)})
+    data = safetensors.torch.save(_as_kept(tensors), metadata={"state": json.dumps(plain)})
     with atomic_writer(path) as file:
         file.write(data)
 
