@@ -81,3 +81,21 @@ def losses(model: Model, method: str, parameters: Mapping[str, Any], stage: int 
 
 def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def without_classes(model: Model) -> Model:
+    """The same network ending in front of its pooling: a picture comes out."""
+    import onnx
+
+    from zsq_deploy.model import Graph
+
+    proto = onnx.ModelProto.FromString(model.graph.proto.SerializeToString())
+    last = next(node for node in reversed(proto.graph.node) if node.op_type == "Relu")
+    keep = list(proto.graph.node)[: list(proto.graph.node).index(last) + 1]
+    del proto.graph.node[:], proto.graph.output[:]
+    proto.graph.node.extend(keep)
+    shape = model.graph.shape(last.output[0])
+    assert shape is not None
+    dims = ["N" if size is None else size for size in shape]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(last.output[0], onnx.TensorProto.FLOAT, dims))
+    return Model(Graph(proto), model.preprocess, "picture", "picture.onnx", model.dynamic_batch)
