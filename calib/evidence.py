@@ -118,6 +118,7 @@ class Row:
         kind: Its kind.
         method: The method.
         protocol: With which quantizer accuracy was measured.
+        engines: Accuracy is that of engines as they are deployed, not of a simulated quantizer.
         images: Size of the set.
         seconds: Time that making the set took, on one core; ``None`` where it was not measured.
         parameters: The method's parameters, where they differ from its defaults.
@@ -133,6 +134,7 @@ class Row:
     seconds: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Measured] = field(default_factory=dict)
+    engines: bool = False
     quality: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,9 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        plain = {name: getattr(self, name) for name in ("network", "method", "protocol", "images", "seconds")}
+        plain = {
+            name: getattr(self, name) for name in ("network", "method", "protocol", "engines", "images", "seconds")
+        }
         return {
             **plain,
             "kind": asdict(self.kind),

@@ -1,8 +1,8 @@
 """The rule behind ``--method auto``: from what was measured to a method and its budget.
 
 1. the rows of the networks most like this one are taken: with or without batch norm (never mixed), and as far as there are rows also the same
-   in being a classifier, in having depthwise layers and in the size of its images; only rows of the asked bits, and only of one protocol, the
-   one with most methods;
+   in being a classifier, in having depthwise layers and in the size of its images; only rows of the asked bits, and only of one protocol:
+   that of deployed engines where there is one, else the one with most methods;
 2. methods that this network cannot use, or that do not end within the time limit even at half of their steps, are left out;
 3. a method's loss is its drop of accuracy against float (disagreement with float where there were no labels), averaged over the networks. Methods
    whose loss is within one standard error of the smallest are equals, as long as they also agree with float as often as the best of them
@@ -107,12 +107,16 @@ def _alike(kind: Kind, rows: Sequence[Row], bits: str) -> tuple[list[Row], str]:
 
 
 def _one_protocol(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the protocol with most methods (then most rows, then the first by name)."""
+    """The rows of one protocol: of engines before simulations, then that with most methods, most rows, the first by name."""
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         by_name.setdefault(row.protocol, []).append(row)
-    order = sorted(by_name, key=lambda name: (-len({row.method for row in by_name[name]}), -len(by_name[name]), name))
-    return by_name[order[0]]
+
+    def order(name: str) -> tuple[bool, int, int, str]:
+        own = by_name[name]
+        return (not any(row.engines for row in own), -len({row.method for row in own}), -len(own), name)
+
+    return by_name[min(by_name, key=order)]
 
 
 def _time(rows: Sequence[Row], everything: Sequence[Row], name: str, kind: Kind, images: int) -> float | None:

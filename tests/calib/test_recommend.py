@@ -152,6 +152,15 @@ def test_methods_are_compared_under_one_protocol_and_on_the_same_networks():
     assert {each.method for each in found.candidates} == {"zeroq", "fractal"}
 
 
+def test_engines_count_more_than_simulations():
+    simulated = [row(name, 0.0, 1.0, protocol="a") for name in ("zeroq", "genie", "fractal")]
+    built = [
+        row("gaussian", 0.1, 0.9, protocol="b", engines=True),
+        row("uniform", 0.4, 0.6, protocol="b", engines=True),
+    ]
+    assert recommend(network(), evidence=table(*simulated, *built)).method == "gaussian"
+
+
 def test_methods_that_the_network_cannot_use_are_left_out():
     evidence = table(row("deepinversion", 0.0, 1.0), row("fractal", 0.5, 0.5))
     assert recommend(network(), evidence=evidence).method == "deepinversion"
