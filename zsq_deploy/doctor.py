@@ -27,6 +27,7 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "tensorrt",
     "numpy",
     "safetensors",
     "timm",
@@ -36,22 +37,35 @@ _EXTRAS = {
     "openvino": ("openvino", "the targets openvino-cpu, openvino-gpu, openvino-npu cannot be built"),
     "nncf": ("openvino", "--quantizer nncf is not there; our own Q/DQ graphs and POT still are"),
     "onnxruntime": ("onnxruntime", "the targets ort-* cannot be built"),
+    "tensorrt": (
+        "tensorrt",
+        "engines for tensorrt-* are prepared here (zsq quantize), but built and measured on the device, by the scripts of their folder",
+    ),
     "timm": ("timm", "networks cannot be named timm:NAME"),
 }
 """Optional package -> the extra that installs it, and what is missing without it."""
 
 
+_OTHER_NAMES = {"tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")}
+"""Package -> names under which it may be installed instead."""
+
+_MEASURED_ELSEWHERE = "engines are built here; measure them on a machine that has it"
+
+
 def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    for candidate in (name, *_OTHER_NAMES.get(name, ())):
+        try:
+            return metadata.version(candidate)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def examine() -> dict[str, Any]:
     """Everything that `zsq doctor` tells, as JSON values."""
     targets = {}
     facts: dict[str, dict[str, Any]] = {}
+    measured: set[str] = set()
     for name, target in TARGETS.items():
         row: dict[str, Any] = {
             "summary": target.summary,
@@ -72,9 +86,10 @@ def examine() -> dict[str, Any]:
             if missing:
                 row["measures"] = False
                 row["missing"] = [item if " " in item else f"CPU feature {item}" for item in missing]
-                row["notes"].append("engines are built here; measure them on a machine that has it")
-            if row["builds"] and target.runtime not in facts:
+                row["notes"].append(getattr(backend, "MEASURED_ELSEWHERE", _MEASURED_ELSEWHERE))
+            if target.runtime not in facts or (row["measures"] and target.runtime not in measured):
                 facts[target.runtime] = dict(backend.device_facts(target))
+            measured.update([target.runtime] if row["measures"] else [])
         targets[name] = row
     cuda = torch.cuda.is_available()
     return {
@@ -132,6 +147,11 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
             say(
                 f"{name}: {row['device']} ({row['name']}), computes {', '.join(row['capabilities'])}; float networks in "
                 f"{', '.join(row['float modes'])}"
+            )
+        elif "compute capability" in row:
+            say(
+                f"{name}: {row['tensorrt']} on {row['name']} (compute capability {row['compute capability']}, CUDA {row['cuda runtime']}); "
+                f"float networks in {', '.join(row['float modes'])}"
             )
     say()
     table = Table(title="targets", title_justify="left")

@@ -26,6 +26,7 @@ from zsq_deploy.model.graph import Graph
 
 __all__ = [
     "CALIBRATORS",
+    "MEASURED_ELSEWHERE",
     "QUANTIZERS",
     "BuildOptions",
     "Bundle",
@@ -48,6 +49,10 @@ __all__ = [
     "runner",
     "write_bundle",
 ]
+
+
+MEASURED_ELSEWHERE = "the folder for the device is made here (zsq quantize); its scripts build and time the engine there, and compare it with the reference"
+"""What ``zsq doctor`` says where engines cannot be run."""
 
 
 def check_options(graph: Graph, target: Target, options: BuildOptions) -> None:

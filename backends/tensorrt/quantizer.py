@@ -7,52 +7,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 
 from zsq_deploy import __version__
 from zsq_deploy.artifact import digest_file, write_json
 from zsq_deploy.backends.base import Engine, Target
-from zsq_deploy.backends.measured import Choice, Measured, quality
+from zsq_deploy.backends.measured import Choice, Measured
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.backends.tensorrt.bundle import write_bundle
 from zsq_deploy.backends.tensorrt.fusion import describe_fusion, expect_fusion
-from zsq_deploy.backends.tensorrt.halves import to_half
-from zsq_deploy.backends.tensorrt.implicit import REFERENCE, cache_of, write_implicit
+from zsq_deploy.backends.tensorrt.implicit import REFERENCE, write_implicit
 from zsq_deploy.backends.tensorrt.lint import lint
+from zsq_deploy.backends.tensorrt.making import Job, outputs_of, quality_of
 from zsq_deploy.backends.tensorrt.options import CALIBRATORS, BuildOptions
-from zsq_deploy.backends.tensorrt.placement import Placed, floats_of, place_int4, place_qdq
 from zsq_deploy.backends.tensorrt.ranges import calibrate
-from zsq_deploy.backends.tensorrt.reference import reference_of_cache
-from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.backends.tensorrt.writing import write_network
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph
-from zsq_deploy.model.twin import Twin
 from zsq_deploy.progress import SILENT, Progress
-from zsq_deploy.quant.bias import apply_biases, correct_bias
 
 __all__ = ["BuildOptions", "build", "candidates", "choose"]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-_BIAS_IMAGES = 64
-_JUDGE_IMAGES = 16
 _SAMPLES = 8
 """Samples in the folder, on which the engine is compared on the device."""
 
 _SHOWN = 12
 """Kernels that are listed one by one on the console; the manifest lists all."""
-
-_TOLERANCE_DB = 0.3
-"""How much SQNR a bias correction may cost before it is rejected: less is noise."""
 
 
 def build(
@@ -64,7 +52,7 @@ def build(
     options: BuildOptions | None = None,
     calibration: Any = None,
     validation: Any = None,
-    probes: Any = None,
+    probes: Mapping[str, Array] | None = None,
     progress: Progress = SILENT,
 ) -> Engine:
     """Turn a model into a folder that is carried to the device.
@@ -80,7 +68,7 @@ def build(
         options: What to quantize and how.
         calibration: The calibration set: biases are corrected on it, and a few of its images are the samples.
         validation: Not read; nothing here looks at labels.
-        probes: Not read.
+        probes: Structured pictures (input name -> array): what is decided by measuring is decided on them and on the end of the set.
         progress: Watches.
 
     Returns:
@@ -93,7 +81,7 @@ def build(
         UsageError: Options that do not fit the network.
         EngineError: Nothing can be quantized, or TensorRT would refuse the graph.
     """
-    del validation, probes
+    del validation
     options = options or BuildOptions()
     folder = Path(folder)
     folded: Graph = model.folded().graph
@@ -101,10 +89,11 @@ def build(
     check_exclusions(folded, options.exclude)
     with progress.task(f"quantize for {target.name}", 4) as task:
         ranges = _ranges(model, ranges, options, calibration, progress)
-        job = _Job(model, ranges, target, calibration, progress)
+        job, searched = Job(model, ranges, target, calibration, probes, progress).searched(options)
+        ranges = job.ranges
         made = job.implicit(options) if options.implicit else job.explicit(options)
         task.advance(step="placed")
-        notes = [*made.notes]
+        notes = [*searched, *made.notes]
         findings = [] if options.implicit else lint(made.network, target)
         broken = [item for item in findings if item.severity == "error"]
         if broken:
@@ -140,7 +129,7 @@ def build(
         if calibration is not None:
             parts = list(calibration.take(0, min(_SAMPLES, len(calibration))).batches(job.size))
             samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            answers = list(_outputs(made.reference, parts))
+            answers = list(outputs_of(made.reference, parts))
             expected = {name: np.concatenate([part[name] for part in answers]) for name in answers[0]}
         groups = expect_fusion(made.reference)
         summary = describe_fusion(groups).splitlines()[-1]
@@ -204,7 +193,7 @@ def choose(
     options: BuildOptions | None = None,
     calibration: Any = None,
     validation: Any = None,
-    probes: Any = None,
+    probes: Mapping[str, Array] | None = None,
     refine: Any = None,
     tolerance_agreement: float = 0.0,
     threads: int = 1,
@@ -221,7 +210,7 @@ def choose(
         options: As for :func:`build`.
         calibration: As for :func:`build`.
         validation: Not read.
-        probes: Not read.
+        probes: As for :func:`build`.
         refine: Not used: biases are corrected and judged by :func:`build`.
         tolerance_agreement: Not used; there is one candidate.
         threads: Not used; nothing is timed.
@@ -230,20 +219,22 @@ def choose(
     Raises:
         CalibrationError: There are no images to compare on.
     """
-    del validation, probes, refine, tolerance_agreement, threads
+    del validation, refine, tolerance_agreement, threads
     option = candidates(model.folded().graph, target, options)[0]
     batches = [dict(batch) for batch in images]
     if not batches:
         raise CalibrationError(
             "there are no images to compare engines on", where="images", remedy="give at least one batch of inputs"
         )
-    engine = build(model, ranges, target, folder, options=option, calibration=calibration, progress=progress)
-    agreement, ratio = _quality(model, Graph.load(engine.qdq_path), batches)
+    engine = build(
+        model, ranges, target, folder, options=option, calibration=calibration, probes=probes, progress=progress
+    )
+    agreement, ratio = quality_of(model, Graph.load(engine.qdq_path), batches)
     unknown = float("nan")
     chosen = Measured(option, unknown, unknown, agreement, ratio, engine.path.stat().st_size)
     note = (
         f"the reference of the engine is {ratio:.1f} dB from the float network on synthetic images (same class: {agreement:.1%}); "
-        "TensorRT itself has not run it"
+        "that is the twin's word, before any engine was built"
     )
     return Choice(engine, chosen, (), slower_than_float=False, notes=(note,))
 
@@ -270,123 +261,6 @@ def _ranges(model: Any, ranges: Any, options: BuildOptions, calibration: Any, pr
         model_digest=model.digest,
         progress=progress,
     )
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A network for TensorRT.
-
-    Attributes:
-        network: What TensorRT builds from.
-        reference: The Q/DQ graph that says what the engine computes.
-        options: With the biases that were kept.
-        record: How it came about, for the manifest.
-        notes: What a reader should know.
-    """
-
-    network: Graph
-    reference: Graph
-    options: BuildOptions
-    record: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A model, ranges and images on their way to a target."""
-
-    model: Any
-    ranges: Any
-    target: Target
-    calibration: Any
-    progress: Progress
-
-    @property
-    def folded(self) -> Graph:
-        """The float network, batch normalization folded."""
-        graph: Graph = self.model.folded().graph
-        return graph
-
-    @property
-    def size(self) -> int:
-        """Images that go through a network at a time."""
-        return 8 if self.model.dynamic_batch else 1
-
-    def has_cache(self, options: BuildOptions) -> bool:
-        """Whether a calibration cache can be written."""
-        return isinstance(self.ranges, Mapping) and generation(self.target) < 11 and not options.weight_only
-
-    def explicit(self, options: BuildOptions) -> _Made:
-        """The Q/DQ graph."""
-        if options.weight_only:
-            placed = place_int4(self.folded, self.target, options)
-            return self._finished(placed, options, placed.notes)
-        placed = place_qdq(self.folded, self.ranges, self.target, options)
-        notes = placed.notes
-        if options.bias_correction and not options.biases and self.calibration is not None:
-            changed = options.with_(biases=self._biases(placed.graph))
-            second = place_qdq(self.folded, self.ranges, self.target, changed)
-            kept, said = self._judge(placed.graph, second.graph)
-            notes = (*notes, said)
-            placed, options = (second, changed) if kept else (placed, options)
-        return self._finished(placed, options, notes)
-
-    def _finished(self, placed: Placed, options: BuildOptions, notes: tuple[str, ...]) -> _Made:
-        record = placed.record()
-        if options.float_type == "float32":
-            return _Made(placed.graph, placed.graph, options, record, notes)
-        floats = {} if options.weight_only else floats_of(self.folded, options)
-        half = to_half(placed.graph, options.float_type, ranges=self.ranges or {}, weights=floats)
-        return _Made(half.graph, half.graph, options, {**record, **half.record()}, (*notes, *half.notes))
-
-    def implicit(self, options: BuildOptions) -> _Made:
-        """The float network, and what its cache means."""
-        network = apply_biases(self.folded, options.biases)
-        cache = cache_of(self.folded, self.ranges, self.target)
-        found = reference_of_cache(network, cache, floats=options.exclude)
-        notes: tuple[str, ...] = ()
-        if options.bias_correction and not options.biases and self.calibration is not None:
-            changed = options.with_(biases=self._biases(found.graph))
-            corrected = apply_biases(self.folded, changed.biases)
-            second = reference_of_cache(corrected, cache, floats=options.exclude)
-            kept, said = self._judge(found.graph, second.graph)
-            notes = (said,)
-            network, found, options = (corrected, second, changed) if kept else (network, found, options)
-        record = {"placement": "implicit: TensorRT's own, from a calibration cache", "float_nodes": dict(found.floats)}
-        return _Made(network, found.graph, options, {**record, "nodes_quantized": len(found.layers)}, notes)
-
-    def _biases(self, reference: Graph) -> dict[str, Array]:
-        looked_at = self.calibration.take(0, min(_BIAS_IMAGES, len(self.calibration))).batches(self.size)
-        return correct_bias(self.model.folded(), reference, looked_at, progress=self.progress)
-
-    def _judge(self, before: Graph, after: Graph) -> tuple[bool, str]:
-        """Whether corrected biases help on images at the other end of the set, and what to say of it."""
-        old, new = (self.judged(graph)["sqnr_db"] for graph in (before, after))
-        words = f"biases corrected: {new:.1f} dB against {old:.1f} dB without, on synthetic images"
-        kept = new >= old - _TOLERANCE_DB
-        return kept, words if kept else f"{words}: rejected"
-
-    def judged(self, graph: Graph) -> dict[str, float]:
-        """Agreement and SQNR of a reference against the float network, on images at the end of the set; nothing without a set."""
-        if self.calibration is None:
-            return {}
-        images = self.calibration.take(max(0, len(self.calibration) - _JUDGE_IMAGES)).batches(self.size)
-        agreement, ratio = _quality(self.model, graph, images)
-        return {"agreement": agreement, "sqnr_db": ratio}
-
-
-def _quality(model: Any, graph: Graph, batches: Iterable[Feeds]) -> tuple[float, float]:
-    """Top-1 agreement and SQNR in dB of a Q/DQ graph's twin against the float network."""
-    held = list(batches)
-    return quality(list(_outputs(graph, held)), list(_outputs(model.folded().graph, held)))
-
-
-def _outputs(graph: Graph, batches: Iterable[Feeds]) -> Iterable[dict[str, Array]]:
-    twin = Twin(graph, device="cpu")
-    with torch.no_grad():
-        for feeds in batches:
-            found = twin.run({name: torch.from_numpy(np.array(value)) for name, value in feeds.items()})
-            yield {name: value.numpy() for name, value in found.items()}
 
 
 def _entry(path: Path) -> dict[str, str]:
