@@ -30,9 +30,9 @@ TEXTURES: tuple[str, ...] = tuple(a + b for a, b in itertools.combinations_with_
 def _filters() -> tuple[Tensor, Tensor]:
     """All filters of unit norm [F, 1, 5, 5], and which of them make up which texture [9, F] (mean of both directions)."""
     kernels, members = [], []
-    for row, (a, b) in enumerate(TEXTURES):
-        for first, second in dict.fromkeys(((a, b), (b, a))):
-            kernel = torch.outer(torch.tensor(_MASKS[first]), torch.tensor(_MASKS[second])).double()
+    for row, name in enumerate(TEXTURES):
+        for pair in dict.fromkeys((name, name[::-1])):
+            kernel = torch.outer(torch.tensor(_MASKS[pair[0]]), torch.tensor(_MASKS[pair[1]])).double()
             kernels.append(kernel / kernel.norm())
             members.append(row)
     share = torch.zeros(len(TEXTURES), len(kernels), dtype=torch.float64)
