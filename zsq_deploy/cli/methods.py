@@ -8,8 +8,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json
@@ -40,15 +38,13 @@ def list_all(context: typer.Context, as_json: o.JsonOpt = False) -> int:
     if as_json:
         print_json([_plain(item) for item in found])
         return 0
-    table = Table(box=None, pad_edge=False)
-    for column in ("method", "needs", "steps", "measured", "what it does"):
-        table.add_column(column, overflow="fold")
+    sys.stdout.write(f"{'method':16}{'needs':28}{'steps':8}measured\n")
     for item in found:
-        table.add_row(item.name, ", ".join(item.needs) or "-", str(item.steps or "-"), _time(item.name), item.summary)
-    console = Console()
-    console.print(table, markup=False)
-    console.print(
-        "\nmeasured: 128 images on one processor core. `zsq methods show NAME` explains one of them.", highlight=False
+        steps, time = str(item.steps or "-"), _time(item.name)
+        sys.stdout.write(f"{item.name:16}{', '.join(item.needs) or '-':28}{steps:8}{time}\n")
+        sys.stdout.write(textwrap.fill(item.summary, 100, initial_indent="    ", subsequent_indent="    ") + "\n")
+    sys.stdout.write(
+        "\nsteps: at most, for each image. measured: time of 128 images on one processor core. `zsq methods show NAME` explains one.\n"
     )
     return 0
 
