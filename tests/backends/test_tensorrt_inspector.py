@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import onnx
 import pytest
+from rich.console import Console
 
 from zsq_deploy.backends import get_target
+from zsq_deploy.backends.tensorrt.evidence import holds_layers, read_evidence
 from zsq_deploy.backends.tensorrt.inspector import kernel_types, read_layers
 from zsq_deploy.backends.tensorrt.options import BuildOptions
 from zsq_deploy.backends.tensorrt.placement import place_qdq
 from zsq_deploy.backends.tensorrt.proof import kernel_records
+from zsq_deploy.cli.inspecting import describe_thing, print_description
 from zsq_deploy.errors import EngineError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.verify import prove
@@ -192,3 +197,74 @@ def test_what_is_no_layer_information_is_refused(given: str, said: str) -> None:
         read_layers(given, where="x.layers.json")
     assert caught.value.where == "x.layers.json"
     assert caught.value.remedy
+
+
+def folder_with(tmp_path: Path, graph: Graph, layers: str, **expected: str) -> Path:
+    onnx.save(graph.editable(), tmp_path / "qdq.onnx")
+    groups = [{"nodes": words.split(), "kind": kind, "computes": "int8"} for kind, words in expected.items()]
+    manifest = {"engine": {"file": "qdq.onnx"}, "choices": {"mode": "explicit", "expected_kernels": groups}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "int8.layers.json").write_text(layers)
+    return tmp_path / "int8.layers.json"
+
+
+def test_files_of_a_device_are_held_against_the_network(tmp_path: Path, graph: Graph, capsys) -> None:
+    file = folder_with(
+        tmp_path,
+        graph,
+        EIGHT,
+        stem="n_stem n_stem_relu",
+        head="n_logits",
+        right="n_right n_sum n_out",
+        left="n_left n_pool",
+    )
+    times = [{"count": 50}, {"name": "n_pool", "timeMs": 1, "averageMs": 0.002, "medianMs": 0.003}]
+    times.append({"name": "c2 + c2_QuantizeLinear + n_left + PWN(n_left_relu)", "timeMs": 1, "averageMs": 0.005})
+    (tmp_path / "int8.profile.json").write_text(json.dumps(times))
+    found = read_evidence(file)
+    assert found.network == tmp_path / "qdq.onnx"
+    assert found.timed
+    assert prove(found.records).time_share == 5 / 8
+    assert found.surprises == (
+        "n_logits (head): expected in 8 bits, is float: Gemm: TensorRT chose a kernel that multiplies float32 and float32",
+        "n_left (left): in 8 bits, but n_pool is a layer of its own",
+    )
+    described = describe_thing(str(file))
+    assert (described["macs"], described["integer_macs"]) == (STEM + 2 * BLOCK + HEAD, STEM + 2 * BLOCK)
+    assert described["time_share"] == 5 / 8
+    assert [row["computes"] for row in described["layers"]].count("8 bits") == 3
+    print_description(described, Console(width=200))
+    assert "is a layer of its own" in capsys.readouterr().out
+
+
+def test_the_network_of_layers_is_found_by_what_lies_beside_them(tmp_path: Path, graph: Graph) -> None:
+    file = folder_with(tmp_path, graph, EIGHT)
+    onnx.save(network("residual").folded().graph.editable(), tmp_path / "float.onnx")
+    assert not read_evidence(file).timed
+    for stem, record, name, mode in (
+        ("implicit", None, "float.onnx", "TensorRT"),
+        ("float", None, "float.onnx", "built in float"),
+        ("float16", {"mode": "float", "floats": "float16"}, "float.onnx", "built in float (float16)"),
+        ("engine", {"mode": "explicit"}, "qdq.onnx", "conversion"),
+    ):
+        other = tmp_path / f"{stem}.layers.json"
+        other.write_text(EIGHT)
+        if record is not None:
+            (tmp_path / f"{stem}.plan.json").write_text(json.dumps({"network": name, "settings": record}))
+        found = read_evidence(other)
+        assert found.network.name == name
+        assert any(one.reason.startswith(mode) for one in found.records), stem
+    assert holds_layers(file)
+    renamed = tmp_path / "mine.json"
+    renamed.write_text(EIGHT)
+    assert holds_layers(renamed)
+    assert not holds_layers(tmp_path / "manifest.json")
+    (tmp_path / "int8.profile.json").write_text("[]")
+    with pytest.raises(EngineError, match="no times of layers"):
+        read_evidence(file)
+    (tmp_path / "int8.profile.json").unlink()
+    (tmp_path / "qdq.onnx").unlink()
+    with pytest.raises(EngineError, match=r"not beside them \(qdq\.onnx\)"):
+        read_evidence(file)
+    with pytest.raises(EngineError, match="no such file"):
+        read_evidence(tmp_path / "nobody.layers.json")

@@ -370,7 +370,8 @@ def inspect(
         str,
         typer.Argument(
             metavar="THING",
-            help="A network (as for deploy), an engine, a calibration set, an output folder, or a calibration cache or table.",
+            help="A network (as for deploy), an engine, a calibration set, an output folder, a calibration cache or table, or the layers "
+            "of a TensorRT engine.",
         ),
     ],
     against: Annotated[
@@ -389,6 +390,7 @@ def inspect(
     zsq inspect net.onnx --nodes        all nodes, with the names that --exclude takes
     zsq inspect out                     engines, sets and report of an output folder
     zsq inspect a.cache --against b.cache   two calibration caches, tensor by tensor
+    zsq inspect int8.layers.json        what a TensorRT engine computes in, from a file of its device
     """
     from zsq_deploy.cli.inspecting import compare_things, describe_thing, print_description
 

@@ -59,6 +59,8 @@ def describe_thing(
         place = engine
     if place.suffix == ".xml":
         return _describe_ir(place, nodes)
+    if place.is_file() and _holds_layers(place):
+        return _describe_layers(place)
     if place.is_file() and _holds_scales(place):
         from zsq_deploy.backends.tensorrt.scale_files import read_scale_file
 
@@ -85,6 +87,44 @@ def _holds_scales(file: Path) -> bool:
     from zsq_deploy.backends.tensorrt.scale_files import is_scale_file
 
     return file.suffix == ".json" or is_scale_file(file)
+
+
+def _holds_layers(file: Path) -> bool:
+    """Whether a file says what the layers of an engine of TensorRT compute in."""
+    from zsq_deploy.backends.tensorrt.evidence import holds_layers
+
+    return holds_layers(file)
+
+
+def _describe_layers(file: Path) -> dict[str, Any]:
+    """What a device said about its engine, held against the network: the share of the arithmetic in 8 bits, and each layer."""
+    from zsq_deploy.backends.tensorrt.evidence import read_evidence
+    from zsq_deploy.verify import prove
+
+    evidence = read_evidence(file)
+    proof = prove(evidence.records)
+    return {
+        "kind": "layers of a TensorRT engine",
+        "file": str(file),
+        "network": str(evidence.network),
+        "macs": proof.macs,
+        "integer_macs": proof.integer_macs,
+        "macs_share": proof.macs_share,
+        "time_share": proof.time_share if evidence.timed else None,
+        "microseconds": proof.microseconds if evidence.timed else None,
+        "not_as_expected": list(evidence.surprises),
+        "layers": [
+            {
+                "name": record.node,
+                "kernel": record.op,
+                "computes": "8 bits" if record.integer else "float",
+                "macs": record.macs,
+                "microseconds": record.microseconds if evidence.timed else None,
+                "reason": record.reason,
+            }
+            for record in evidence.records
+        ],
+    }
 
 
 def compare_things(first: Path, second: Path) -> dict[str, Any]:
@@ -184,9 +224,9 @@ def print_description(found: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, title=found.get("kind"), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    nodes, tensors = found.get("nodes"), found.get("tensors")
+    nodes, tensors, layers = found.get("nodes"), found.get("tensors"), found.get("layers")
     for name, value in found.items():
-        if name == "kind" or (name in ("nodes", "tensors") and isinstance(value, list)):
+        if name == "kind" or (name in ("nodes", "tensors", "layers") and isinstance(value, list)):
             continue
         if isinstance(value, dict):
             value = "\n".join(f"{key}: {item}" for key, item in value.items())
@@ -197,6 +237,8 @@ def print_description(found: dict[str, Any], console: Console) -> None:
     if isinstance(tensors, list):
         differing = [row for row in tensors if row.get("ratio") != 1.0]  # of a comparison; else all of them
         _print_rows(differing, "tensors" if len(differing) == len(tensors) else "tensors that differ", console)
+    if isinstance(layers, list):
+        _print_rows(layers, "layers", console)
     if isinstance(nodes, list):
         listing = Table(title="nodes", title_justify="left")
         listing.add_column("name", overflow="fold")
@@ -211,9 +253,14 @@ def _print_rows(rows: list[dict[str, Any]], title: str, console: Console) -> Non
     """Draw records of the same fields, names to the left and numbers to the right."""
     listing = Table(title=title, title_justify="left")
     for key in rows[0] if rows else ():
-        listing.add_column(key, overflow="fold", justify="left" if key == "name" else "right")
+        words = key in ("name", "kernel", "computes", "reason")
+        listing.add_column(key, overflow="fold", justify="left" if words else "right")
     for row in rows:
-        listing.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
+        cells = (
+            "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+            for value in row.values()
+        )
+        listing.add_row(*cells)
     console.print(listing, markup=False)
 
 
