@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -15,7 +17,7 @@ from zsq_deploy.model.model import Model
 from zsq_deploy.model.twin import Twin
 from zsq_deploy.progress import SILENT
 from zsq_deploy.quant.reader import read_qdq
-from zsq_deploy.quant.reconstruct import PRESETS, PROTOCOLS, Bits, Preset, reconstruct, round_to_nearest
+from zsq_deploy.quant.reconstruct import PRESETS, PROTOCOLS, Bits, Preset, clip_codes, reconstruct, round_to_nearest
 from zsq_deploy.quant.reconstruct.blocks import find_blocks
 from zsq_deploy.quant.reconstruct.runner import Runner
 from zsq_deploy.quant.scheme import Granularity, Scheme
@@ -130,6 +132,28 @@ def test_onnxruntime_computes_the_same_and_activations_keep_to_their_codes(learn
     assert len(used) >= 4
     assert all(array.max() <= 7 for array in used)
     assert any(array.max() == 7 for array in used)
+
+
+def operators(graph, tmp_path):
+    """What ONNX Runtime makes of a graph."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+
+def test_codes_cut_behind_quantizelinear_are_the_same_and_let_onnxruntime_fuse(learned, tmp_path):
+    cut = clip_codes(learned.graph)
+    x = images(8, seed=17)
+    np.testing.assert_array_equal(logits(cut, x), logits(learned.graph, x))
+    before, after = operators(learned.graph, tmp_path), operators(cut, tmp_path)
+    layers = sum(node.op_type == "Conv" for node in learned.graph.nodes)
+    assert after["QLinearConv"] == layers
+    assert after["Conv"] + after["FusedConv"] == 0
+    assert before["QLinearConv"] < layers
+    own = round_to_nearest(Model(small_net(3), name="small"), image_set(learned.model), "w8a8", "all-layers")
+    assert clip_codes(own.graph).digest == own.graph.digest
 
 
 def test_the_same_seed_gives_the_same_network_and_another_one_another(model, data, learned):

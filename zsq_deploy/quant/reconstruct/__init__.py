@@ -9,6 +9,7 @@ from zsq_deploy.quant.reconstruct.api import BlockReport, Reconstruction, recons
 from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
 from zsq_deploy.quant.reconstruct.presets import PRESETS, Preset
 from zsq_deploy.quant.reconstruct.protocol import PROTOCOLS, Bits, Protocol
+from zsq_deploy.quant.reconstruct.writing import clip_codes
 
 __all__ = [
     "PRESETS",
@@ -19,6 +20,7 @@ __all__ = [
     "Preset",
     "Protocol",
     "Reconstruction",
+    "clip_codes",
     "find_blocks",
     "reconstruct",
     "round_to_nearest",

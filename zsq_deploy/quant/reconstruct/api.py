@@ -23,9 +23,10 @@ from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
 from zsq_deploy.quant.reconstruct.presets import Preset
 from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, Protocol, assign
-from zsq_deploy.quant.reconstruct.state import State, initial_state, write
+from zsq_deploy.quant.reconstruct.state import State, initial_state
 from zsq_deploy.quant.reconstruct.template import Template, make_template
 from zsq_deploy.quant.reconstruct.work import BlockReport, ImageSet, Work
+from zsq_deploy.quant.reconstruct.writing import write
 from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.statistics import collect
 

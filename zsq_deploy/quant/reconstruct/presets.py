@@ -71,9 +71,11 @@ PRESETS: Mapping[str, Preset] = {
         Preset(
             "fast",
             steps=2_000,
+            batch=16,
             rounding_lr=1e-2,
-            weight_scale_lr=1e-3,
-            activation_scale_lr=4e-4,
+            weight_scale_lr=1e-2,
+            activation_scale_lr=3e-3,
+            relative=True,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The numbers of a quantized network: integer weights, scales, zero points, biases; and how they are written into the Q/DQ graph."""
+"""The numbers of a quantized network: integer weights, scales, zero points, biases."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from zsq_deploy.errors import ModelError
-from zsq_deploy.model.editing import Net
-from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.fakequant import qparams
-from zsq_deploy.quant.qdq import raise_opset
-from zsq_deploy.quant.reader import is_quantize
 from zsq_deploy.quant.reconstruct.protocol import Assignment
 from zsq_deploy.quant.reconstruct.quantizers import Range, weight_scales
 from zsq_deploy.quant.reconstruct.template import Layer, Site, Template
@@ -24,7 +18,7 @@ from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.search import mse
 from zsq_deploy.quant.statistics import Statistics
 
-__all__ = ["Activation", "State", "Weight", "initial_state", "write"]
+__all__ = ["Activation", "State", "Weight", "initial_state", "with_bits"]
 
 Array = npt.NDArray[Any]
 
@@ -179,94 +173,3 @@ def _range(sites: list[Site], scheme: Scheme, statistics: Statistics) -> Activat
         low, high = min(low, found[0], 0.0), max(high, found[1], 0.0)
     parameters = qparams(low, high, scheme)
     return Activation(float(parameters.scale), int(parameters.zero_point), scheme)
-
-
-# -- writing --
-
-
-def write(template: Template, state: State, *, int4_weights: bool = False) -> Graph:
-    """The Q/DQ graph with the numbers of a state.
-
-    Codes of fewer than 8 bits stay in 8-bit integers; a Clip in front of QuantizeLinear keeps activations within the range of the codes that
-    are used.
-
-    Args:
-        template: The network.
-        state: Its numbers.
-        int4_weights: Store weights of up to 4 bits as INT4 or UINT4, two in a byte (operator set 21).
-    """
-    graph = raise_opset(template.qdq, 21) if int4_weights else template.qdq
-    net = Net(graph.proto)
-    makers = {name: node for node in net.nodes for name in node.output if name}
-    readers: dict[str, int] = {}
-    for node in net.nodes:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
-    done: set[str] = set()
-
-    def store(old: str, array: Array) -> str:
-        """Put an array in the place of a constant, under its own name if nothing else was written there."""
-        if old not in done:
-            done.add(old)
-            return net.add_constant(old, array, exact=True)
-        return net.add_constant(old, array)
-
-    for layer in template.layers:
-        weight = state.weights[layer.node]
-        kind = _container(weight.scheme, narrow=int4_weights)
-        node = makers[layer.weight]
-        inputs = [
-            store(node.input[0], weight.codes.astype(kind)),
-            store(node.input[1], weight.scale),
-            store(node.input[2], weight.zero_point.astype(kind)),
-        ]
-        _set_inputs(node, inputs)
-        stored = state.bias_codes(layer)
-        if stored is not None:
-            node = makers[layer.bias]
-            inputs = [store(node.input[0], stored[0]), store(node.input[1], stored[1]), node.input[2]]
-            _set_inputs(node, inputs)
-        elif layer.bias:
-            store(layer.bias, np.asarray(state.biases[layer.node], np.float32))
-    quantizers = {node.input[0]: node for node in net.nodes if is_quantize(node)}
-    for site in template.sites:
-        activation = state.activations[site.group]
-        scheme = activation.scheme
-        kind = _container(scheme, narrow=False)
-        node, back = quantizers[site.name], makers[site.output]
-        scale = store(node.input[1], np.asarray(activation.scale, np.float32))
-        zero = store(node.input[2], np.asarray(activation.zero_point, kind))
-        source = node.input[0]
-        if (scheme.qmin, scheme.qmax) != _type_limits(kind):
-            factor = np.float32(activation.scale)
-            low = np.float32(scheme.qmin - activation.zero_point) * factor
-            high = np.float32(scheme.qmax - activation.zero_point) * factor
-            names = [net.add_constant(f"{site.name}_range_low", np.asarray(low, np.float32))]
-            names.append(net.add_constant(f"{site.name}_range_high", np.asarray(high, np.float32)))
-            source = net.fresh(f"{site.name}_in_range")
-            net.insert_before(node, net.new_node("Clip", [site.name, *names], [source], f"{site.name}_Clip"))
-        _set_inputs(node, [source, scale, zero])
-        _set_inputs(back, [back.input[0], scale, zero])
-    net.touch()
-    net.sweep()
-    return Graph(net.proto())
-
-
-def _set_inputs(node: Any, inputs: list[str]) -> None:
-    del node.input[:]
-    node.input.extend(inputs)
-
-
-def _container(scheme: Scheme, *, narrow: bool) -> np.dtype[Any]:
-    """The integer type that holds the codes."""
-    if scheme.bits > 8:
-        raise ModelError(f"{scheme} does not fit 8-bit integers", where="write", remedy="choose 2 to 8 bits")
-    if narrow and scheme.bits <= 4:
-        small: np.dtype[Any] = np.dtype(ml_dtypes.int4 if scheme.signed else ml_dtypes.uint4)
-        return small
-    return np.dtype(np.int8 if scheme.signed else np.uint8)
-
-
-def _type_limits(kind: np.dtype[Any]) -> tuple[int, int]:
-    limits = np.iinfo(kind)
-    return int(limits.min), int(limits.max)
