@@ -242,7 +242,7 @@ def prepare(engine: Engine, *, settings: PlanSettings | None = None, progress: P
 
     Args:
         engine: As :func:`~zsq_deploy.backends.tensorrt.quantizer.build` made it.
-        settings: How to build the 8-bit engine; its batch and limits are the baselines' too.
+        settings: How to build the 8-bit engine; its batch and limits are the baselines' too. Its mode is that of the engine.
         progress: Watches.
 
     Returns:
@@ -255,7 +255,7 @@ def prepare(engine: Engine, *, settings: PlanSettings | None = None, progress: P
     target, folder = engine.target, engine.qdq_path.parent
     module, device = load(target), gpu(target)
     cache = folder / "calibration.cache" if _is_implicit(engine) else None
-    settings = settings or PlanSettings(mode="implicit" if cache is not None else "explicit")
+    settings = replace(settings or PlanSettings(), mode="implicit" if cache is not None else "explicit")
     plain = replace(settings, mode="float", floats="float32")
     wanted: list[tuple[str, Path, PlanSettings, Path | None]] = [
         ("engine", _network_of(engine), settings, cache),
