@@ -116,18 +116,22 @@ def _cdf(x: Vector) -> Vector:
     return np.asarray(0.5 * (1.0 + _erf(x / math.sqrt(2.0))), np.float64)
 
 
-def clipped_normal(mean: Vector, var: Vector, low: float, high: float) -> tuple[Vector, Vector]:
-    """Mean and variance of ``clip(X, low, high)`` with ``X`` normal, in closed form; the bounds may be infinite."""
+def clipped_normal(mean: Vector, var: Vector, low: float, high: float | Vector) -> tuple[Vector, Vector]:
+    """Mean and variance of ``clip(X, low, high)`` with ``X`` normal, in closed form; the bounds may be infinite.
+
+    `high` may be a finite vector, one bound a channel.
+    """
     std = np.sqrt(np.maximum(var, 1e-300))
+    unbounded = isinstance(high, float) and math.isinf(high)
     a = np.full_like(mean, -np.inf) if math.isinf(low) else (low - mean) / std
-    b = np.full_like(mean, np.inf) if math.isinf(high) else (high - mean) / std
+    b = np.full_like(mean, np.inf) if unbounded else (high - mean) / std
     below, above = _cdf(a), _cdf(-b)
     inside = np.maximum(1.0 - below - above, 0.0)
     pa, pb = _phi(a), _phi(b)
     finite_a, finite_b = np.where(np.isinf(a), 0.0, a), np.where(np.isinf(b), 0.0, b)
     # Moments of the unit normal between a and b: of order one pa - pb, of order two inside + a pa - b pb.
     first, second = pa - pb, inside + finite_a * pa - finite_b * pb
-    bottom, top = (0.0 if math.isinf(low) else low), (0.0 if math.isinf(high) else high)
+    bottom, top = (0.0 if math.isinf(low) else low), (0.0 if unbounded else high)
     expected = mean * inside + std * first + bottom * below + top * above
     squares = (
         np.square(mean) * inside
@@ -265,7 +269,8 @@ class _Propagation:
         if kind in ("Conv", "ConvTranspose"):
             return self.convolution(node, attrs, x)
         if kind == "Relu":
-            return self.clip(x, 0.0, math.inf)
+            capped = self.capped(node.input[0])
+            return self.clip(*capped) if capped is not None else self.clip(x, 0.0, math.inf)
         if kind == "Clip":
             bounds = [-math.inf, math.inf]
             for index, name in enumerate(("min", "max")):
@@ -327,7 +332,21 @@ class _Propagation:
         kind: Kind = "bn" if node.op_type == "BatchNormalization" else "derived"
         return self.normal(beta, np.square(gamma), axis, kind)
 
-    def clip(self, x: Channels, low: float, high: float) -> Channels:
+    def capped(self, value: str) -> tuple[Channels, float, Vector] | None:
+        """What a Relu behind a Min with one constant a channel clips, and between which bounds (ReLU6 of rescaled channels)."""
+        node = self.graph.producer(value)
+        if node is None or node.op_type != "Min" or len(node.input) != 2:
+            return None
+        for index in (0, 1):
+            x, bound = self.found.get(node.input[index]), self.constant(node.input[1 - index])
+            if x is None or bound is None or x.axis != 1 or bound.size != x.mean.size or not (bound > 0).all():
+                continue
+            if bound.ndim < 2 or bound.shape[1] != bound.size:
+                continue
+            return x, 0.0, bound.reshape(-1)
+        return None
+
+    def clip(self, x: Channels, low: float, high: float | Vector) -> Channels:
         mean, var = clipped_normal(x.mean, x.var, low, high)
         return replace(x, mean=mean, var=var, low=np.clip(x.low, low, high), high=np.clip(x.high, low, high))
 
