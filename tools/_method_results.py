@@ -197,15 +197,15 @@ def to_evidence(
         }
         name = protocols[protocol]
         fresh[network, method, name] = Row(
-            network,
-            Kind(**sets[0]["kind"]),
-            method,
-            name,
-            sets[0]["images"],
-            statistics.fmean(line["seconds"] for line in sets),
-            sets[0]["parameters"],
-            results,
-            {key: round(value, 4) for key, value in quality.items() if value is not None},
+            network=network,
+            kind=Kind(**sets[0]["kind"]),
+            method=method,
+            protocol=name,
+            images=sets[0]["images"],
+            seconds=round(statistics.fmean(line["seconds"] for line in sets), 2),
+            parameters=sets[0]["parameters"],
+            results=results,
+            quality={key: round(value, 4) for key, value in quality.items() if value is not None},
         )
     kept = [row for row in before.rows if (row.network, row.method, row.protocol) not in fresh]
     rows = sorted((*kept, *fresh.values()), key=lambda row: (row.protocol, row.network, row.method))

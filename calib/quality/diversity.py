@@ -108,8 +108,8 @@ class DiversityBuilder:
         if length > LARGEST:
             if self._projection is None:
                 signs = np.random.default_rng(20_011).integers(0, 2, (length, LARGEST), dtype=np.int8)
-                self._projection = (2.0 * signs - 1.0) / math.sqrt(LARGEST)
-            x, length = x @ self._projection, LARGEST
+                self._projection = np.asarray((2.0 * signs - 1.0) / math.sqrt(LARGEST), np.float64)
+            x, length = np.asarray(x @ self._projection, np.float64), LARGEST
         if self._pivot is None:
             self._pivot = x[0].copy()
             self._units, self._squares = np.zeros((length, length)), np.zeros((length, length))
@@ -180,7 +180,7 @@ def feature_of(graph: Graph) -> str | None:
             continue
         known.add(node.name)
         if node.op_type in ("Gemm", "MatMul", "Conv", "ConvTranspose") and graph.constant(node.input[1]) is not None:
-            return node.input[0]
+            return str(node.input[0])
         waiting += [name for name in node.input if name and graph.constant(name) is None]
     return None
 
