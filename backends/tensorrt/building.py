@@ -128,11 +128,10 @@ def build_plan(
     with _logged(log, plan):
         data = _serialized(trt, network, target, settings, flags, log, cache, timing_cache, progress)
         engine = deserialize(trt, data, log, where=str(plan))
-        said = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        with atomic_writer(layers_path(plan)) as stream:
+            stream.write(_inspected(trt, engine, settings.batch).encode())
         layers = int(engine.num_layers)
         del engine
-        with atomic_writer(layers_path(plan)) as stream:
-            stream.write(str(said).encode())
         with atomic_writer(plan) as stream:
             stream.write(data)
     record = PlanRecord(
@@ -171,6 +170,20 @@ def deserialize(trt: Any, data: bytes, log: Log, *, where: str) -> Any:
             remedy="remove the file and build it again on this device",
         )
     return engine
+
+
+def _inspected(trt: Any, engine: Any, batch: int) -> str:
+    """What the inspector says of an engine, with the largest batch: engines with open sizes do not tell their types without shapes."""
+    inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context()
+    if context is not None:
+        for place in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(place)
+            shape = [int(size) for size in engine.get_tensor_shape(name)]
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and shape[:1] == [-1]:
+                context.set_input_shape(name, [batch, *shape[1:]])
+        inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 @contextmanager
@@ -233,7 +246,7 @@ def _serialized(
     if cache is not None:
         calibrator = _from_cache(trt, read_cache(cache, zeros=True), where=str(cache))
         config.int8_calibrator = calibrator
-    _take_times(config, timing_cache)
+    times = _take_times(config, timing_cache)  # held until the engine is built: TensorRT does not
     monitor = make_monitor(trt, progress, f"build {network.stem} ({settings.mode}, {settings.floats})")
     if monitor is not None:
         config.progress_monitor = monitor[0]
@@ -256,6 +269,7 @@ def _serialized(
             remedy="look into the log beside the engine (*.build.log), and report it with the version of TensorRT",
         )
     _keep_times(config, timing_cache)
+    del times
     return bytes(made)
 
 
@@ -314,13 +328,15 @@ def _from_cache(trt: Any, cache: CalibrationCache, *, where: str) -> Any:
     return FromCache()
 
 
-def _take_times(config: Any, path: Path | None) -> None:
-    """Hand TensorRT the times of earlier builds; what it does not accept is made anew."""
+def _take_times(config: Any, path: Path | None) -> Any:
+    """Hand TensorRT the times of earlier builds, or none where it does not accept them; the object that holds them."""
     if path is None:
-        return
-    held = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(held), False) and held:
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+        return None
+    for held in (path.read_bytes() if path.is_file() else b"", b""):
+        times = config.create_timing_cache(held)
+        if config.set_timing_cache(times, False):
+            return times
+    return None
 
 
 def _keep_times(config: Any, path: Path | None) -> None:

@@ -145,7 +145,9 @@ def test_engines_are_built(number: int, home: Path, tmp_path: Path) -> None:
     assert found["warnings"] == ["a warning of the builder"]
     # Progress comes from TensorRT's monitor: one bar, of the outermost phase.
     assert found["said"] == [[f"build qdq{number} (explicit, float32)", 2.0]]
-    assert (tmp_path / "engine.layers.json").is_file()
+    layers = (tmp_path / "engine.layers.json").read_text()
+    assert "Int8" in layers
+    assert "N/A due to dynamic shapes" not in layers
     log = (tmp_path / "engine.build.log").read_text()
     assert "[WARNING] a warning of the builder" in log
     assert "not kept" not in log
@@ -158,6 +160,10 @@ def test_engines_are_built(number: int, home: Path, tmp_path: Path) -> None:
     again = build(machine, home, tmp_path / "again.plan", mode="float", floats="tf32")
     assert again["head"]["times"] == f"times of {machine.version}"
     assert "TF32" in again["head"]["flags"]
+    kept = home / "cache" / "zsq-deploy" / "tensorrt" / found["times"]
+    kept.write_bytes(b"times of another TensorRT")
+    assert build(machine, home, tmp_path / "third.plan", mode="float")["head"]["times"] == ""
+    assert kept.read_bytes() == f"times of {machine.version}".encode()
 
 
 @pytest.mark.parametrize("number", [8, 10])
