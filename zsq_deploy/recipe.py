@@ -144,6 +144,14 @@ class CalibrationSection(_Section):
     device: str | None = Field(
         default=None, description="Where images are made: cpu, cuda, cuda:1; by default cuda where there is one."
     )
+    also: list[str] = Field(
+        default_factory=list,
+        description="Further networks with the same input and classes that the images are to fit as well, for methods that look at "
+        "several (mixmix): files or names as in model.source, with the same preprocessing.",
+    )
+    workers: int = Field(
+        default=1, ge=1, description="Processes that make images at the same time, each with a share of the threads."
+    )
     holdout: int = Field(
         default=64,
         ge=0,

@@ -95,6 +95,24 @@ ParamOpt = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
+AlsoOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="MODEL",
+        help="A further network with the same input, preprocessing and classes that the images are to fit (--method mixmix; repeatable).",
+        rich_help_panel=_IMAGES,
+    ),
+]
+WorkersOpt = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Processes that make images at the same time, each with a share of the threads; on several GPUs one each in turn.",
+        rich_help_panel=_IMAGES,
+    ),
+]
 DeviceOpt = Annotated[
     str | None,
     typer.Option(

@@ -59,6 +59,8 @@ IMAGES = _shared(
     time_limit=(o.TimeLimitOpt, None),
     param=(o.ParamOpt, None, "parameters"),
     device=(o.DeviceOpt, None),
+    also=(o.AlsoOpt, None),
+    workers=(o.WorkersOpt, 1),
 )
 """How calibration images are made."""
 

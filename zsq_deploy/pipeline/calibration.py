@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,23 @@ from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.calib.fractal import fractal
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.synthesis import synthesize
-from zsq_deploy.errors import CalibrationError, StaleArtifactError, UsageError
-from zsq_deploy.model import Model
+from zsq_deploy.errors import CalibrationError, ModelError, StaleArtifactError, UsageError
+from zsq_deploy.model import Model, load_model
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant import Ranges, Statistics, analytic_ranges, collect
 from zsq_deploy.quant.coverage import implied_ranges, widen
 from zsq_deploy.recipe import CalibrationSection
 
-__all__ = ["OWN_CALIBRATORS", "RANGE_METHODS", "Images", "MeasuredRanges", "images_in", "make_images", "measure_ranges"]
+__all__ = [
+    "OWN_CALIBRATORS",
+    "RANGE_METHODS",
+    "Images",
+    "MeasuredRanges",
+    "images_in",
+    "make_images",
+    "measure_ranges",
+    "other_networks",
+]
 
 RANGE_METHODS = ("auto", "minmax", "percentile", "entropy", "mse", "bn-analytic")
 OWN_CALIBRATORS = (
@@ -68,6 +78,8 @@ def make_images(
     workdir: Path | None = None,
     resume: bool = False,
     given: CalibrationSet | None = None,
+    others: Sequence[Model] = (),
+    workers: int = 1,
     progress: Progress = SILENT,
 ) -> Images:
     """Synthesize `images` + `holdout` inputs, or split a set that the user hands over.
@@ -80,9 +92,11 @@ def make_images(
         seed: Source of everything random.
         device: Where to compute; ``None``: ``cuda`` when there is one.
         parameters: The method's parameters.
-        workdir: Folder for checkpoints.
+        workdir: Folder for checkpoints and, in it, the finished set, which then never sits in memory; the caller removes it.
         resume: Go on with an interrupted synthesis.
         given: A finished set (``zsq deploy --calibration``); its last quarter, at most `holdout` images, is kept back.
+        others: Further networks that the images are to fit, see :func:`other_networks`.
+        workers: Processes that make images at the same time.
         progress: Where to report.
     """
     started = time.monotonic()
@@ -116,6 +130,9 @@ def make_images(
         resume=resume,
         progress=progress,
         parameters=parameters,
+        others=others,
+        workers=workers,
+        output=None if workdir is None else workdir / "set",
     )
     return Images(
         whole.take(0, images),
@@ -124,6 +141,35 @@ def make_images(
         time.monotonic() - started,
         tuple(whole.manifest.notes),
     )
+
+
+def other_networks(spec: CalibrationSection, model: Model) -> tuple[Model, ...]:
+    """The further networks that a recipe names, read with the first one's input shape and preprocessing.
+
+    Raises:
+        UsageError: The method looks at one network only.
+        ModelError: One of them cannot be read so.
+    """
+    known = METHODS.get(spec.method)
+    if spec.also and known is not None and not known.several_networks:
+        raise UsageError(
+            f"method {spec.method!r} looks at one network",
+            where="--also",
+            remedy="leave it away, or use --method mixmix",
+        )
+    shapes = {item.name: item.with_batch(1) for item in model.inputs}
+    shape = next(iter(shapes.values())) if len(shapes) == 1 else shapes
+    found = []
+    for source in spec.also:
+        try:
+            found.append(load_model(source, input_shape=shape, preprocess=model.preprocess))
+        except (ModelError, UsageError) as error:
+            raise ModelError(
+                f"this network cannot share images with {model.name!r}: {error.what}",
+                where=f"--also {source}",
+                remedy=f"give one that takes the same input, {'x'.join(map(str, model.inputs[0].with_batch(1)))}, or leave it away",
+            ) from error
+    return tuple(found)
 
 
 def images_in(
@@ -162,13 +208,17 @@ def images_in(
         workdir=root / ".synthesis",
         resume=resume,
         given=CalibrationSet.open(Path(spec.set)) if spec.set else None,
+        others=other_networks(spec, model),
+        workers=spec.workers,
         progress=progress,
     )
-    if images.calibration is not None:
-        images.calibration.save(root / "calibration", force=True)
+    calibration = images.calibration
+    if calibration is not None:
+        calibration = calibration.save(root / "calibration", force=True)
     # Written last: where it is complete, the other one is.
-    images.holdout.save(root / "holdout", force=True)
-    return images
+    holdout = images.holdout.save(root / "holdout", force=True)
+    shutil.rmtree(root / ".synthesis", ignore_errors=True)
+    return replace(images, calibration=calibration, holdout=holdout)
 
 
 def _finished_images(root: Path, model: Model, spec: CalibrationSection) -> Images | None:

@@ -17,7 +17,7 @@ from zsq_deploy.calib.recommend import Recommendation
 from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
 from zsq_deploy.pipeline.auto import with_method
-from zsq_deploy.pipeline.calibration import make_images
+from zsq_deploy.pipeline.calibration import make_images, other_networks
 from zsq_deploy.pipeline.checks import check_device, check_method, check_recipe
 from zsq_deploy.pipeline.control import judged_images, validation_data
 from zsq_deploy.pipeline.deploy import (
@@ -118,6 +118,8 @@ def synthesize_set(
             parameters=recipe.calibration.parameters,
             workdir=work,
             resume=resume,
+            others=other_networks(recipe.calibration, model),
+            workers=recipe.calibration.workers,
             progress=progress,
         )
         if images.calibration is None:
