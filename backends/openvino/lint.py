@@ -155,19 +155,33 @@ def _residuals(graph: Graph, _target: Target) -> Iterator[Finding]:
 
 
 def _normalizations(graph: Graph, _target: Target) -> Iterator[Finding]:
-    """OpenVINO takes the scale of a rounding through the normalization behind it, and leaves its epsilon as it is."""
+    """OpenVINO takes the scale of a rounding through the normalization behind it, and leaves its epsilon as it is.
+
+    It does so with codes without a shift, and with sums, whatever the zero points of what they add.
+    """
+    tensors = {tensor.output: tensor for tensor in read_qdq(graph) if tensor.output and not tensor.is_weight}
     for node in graph:
         if node.op_type not in _NORMALIZATIONS:
             continue
         maker = graph.producer(node.input[0])
-        if maker is not None and is_dequantize(maker):
+        rounded = [node.input[0]] if maker is None or maker.op_type != "Add" else list(maker.input)
+        found = [tensors[value] for value in rounded if value in tensors]
+        if len(rounded) == 1:
+            found = [one for one in found if not _shifted(one)]
+        if found:
             yield Finding(
                 node.name,
                 "rounded-before-normalization",
-                f"{maker.input[0]!r} is rounded in front of it; OpenVINO normalizes the codes and keeps epsilon as it is, so the engine "
+                f"{found[0].name!r} is rounded in front of it; OpenVINO normalizes the codes and keeps epsilon as it is, so the engine "
                 "computes something else than the graph says where variances are small",
                 "take the Q/DQ pair in front of it away: a normalization computes in float anyway",
             )
+
+
+def _shifted(tensor: QuantizedTensor) -> bool:
+    """Whether OpenVINO has to take a zero point off these codes: it reads unsigned codes around 128 as signed ones."""
+    zero = np.asarray(tensor.zero_point)
+    return bool(zero.any()) and not (tensor.dtype == "uint8" and bool((zero == 128).all()))
 
 
 def _from_convolution(graph: Graph, value: str) -> bool:

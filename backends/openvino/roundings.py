@@ -4,8 +4,9 @@ NNCF and POT round nearly every activation, also where only float operators read
 residual sum between two of them. No kernel gets faster by that, and it costs twice:
 
 * The rounded stream carries every code that float32 noise moves, by a whole step, into all layers that follow.
-* OpenVINO takes the scale of such a rounding through the layer normalization behind it and leaves the normalization's epsilon as it
-  is (measured, 2026.4.1): the engine normalizes with ``epsilon * scale**2``, which is not what the graph says.
+* OpenVINO takes the scale of such a rounding (without a zero point, or of one operand of a sum) through the layer normalization behind
+  it and leaves the normalization's epsilon as it is (measured, 2026.4.1): the engine normalizes with ``epsilon * scale**2``, which is
+  not what the graph says.
 
 So a rounding stays for integer kernels alone, and float operators read the number as it was before. The scales of what stays are the
 vendor's.

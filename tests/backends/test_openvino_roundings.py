@@ -180,37 +180,52 @@ def test_a_product_of_a_float_number_needs_no_rounding(tmp_path: Path) -> None:
     assert list(lean.graph.node("mixed_node").input) == ["attention", "v"]
 
 
-def test_a_rounding_in_front_of_a_normalization_changes_its_epsilon(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "zero", "added", "moves"),
+    [
+        (np.int8, 0, False, True),
+        (np.uint8, 128, False, True),
+        (np.uint8, 0, False, True),
+        (np.uint8, 100, False, False),
+        (np.int8, 0, True, True),
+        (np.uint8, 100, True, True),
+    ],
+)
+def test_a_rounding_in_front_of_a_normalization_changes_its_epsilon(
+    kind: type[np.integer], zero: int, added: bool, moves: bool, tmp_path: Path
+) -> None:
     """OpenVINO normalizes the codes and keeps epsilon as it is; the rule and the lint are there for that."""
-    epsilon, step = 1e-3, 0.05
+    epsilon, step = 1e-3, float(np.float32(0.05))
     b = Builder()
-    names = [b.constant("step", step), b.constant("zero", 0, np.int8)]
-    x = b.node("DequantizeLinear", [b.node("QuantizeLinear", ["x", *names], "codes"), *names], "rounded")
+    names = [b.constant("step", step), b.constant("zero", zero, kind)]
+    y = b.node("DequantizeLinear", [b.node("QuantizeLinear", ["x", *names], "codes"), *names], "rounded")
+    y = b.node("Add", [y, "x"], "sum") if added else y
     ones, zeros = b.constant("ones", np.ones(64)), b.constant("zeros", np.zeros(64))
-    b.node("LayerNormalization", [x, ones, zeros], "y", axis=-1, epsilon=epsilon)
+    b.node("LayerNormalization", [y, ones, zeros], "y", axis=-1, epsilon=epsilon)
     graph = Graph(b.model([1, 8, 64], {"y": [1, 8, 64]}))
     feeds = {"x": noise((1, 8, 64)) * 3 * step}
 
-    def normalized(values: np.ndarray, added: float) -> np.ndarray:
+    def normalized(values: np.ndarray, variance: float) -> np.ndarray:
         centred = values - values.mean(-1, keepdims=True)
-        return np.asarray(centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + added))
+        return np.asarray(centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + variance))
 
     def computed(of: Graph, name: str) -> np.ndarray:
         save(convert(of), tmp_path / f"{name}.xml")
         return OvRunner(tmp_path / f"{name}.xml", CPU).run(feeds)["y"]
 
     wide = feeds["x"].astype(np.float64)
-    codes = np.clip(np.rint(wide / np.float32(step)), -128, 127) * np.float64(np.float32(step))
-    np.testing.assert_allclose(twin_outputs(graph, feeds)["y"], normalized(codes, epsilon), atol=1e-6)
+    limits = np.iinfo(kind)
+    read = (np.clip(np.rint(wide / step) + zero, limits.min, limits.max) - zero) * step + (wide if added else 0)
+    np.testing.assert_allclose(twin_outputs(graph, feeds)["y"], normalized(read, epsilon), atol=1e-6)
     engine = computed(graph, "rounded")
-    np.testing.assert_allclose(engine, normalized(codes, epsilon * step**2), atol=1e-5)
-    assert np.abs(engine - normalized(codes, epsilon)).max() > 0.01  # not what the graph says
-    assert [finding.rule for finding in lint(graph, CPU)] == ["rounded-before-normalization"]
+    np.testing.assert_allclose(engine, normalized(read, epsilon * (step**2 if moves else 1)), atol=1e-5)
+    assert (np.abs(engine - normalized(read, epsilon)).max() > 0.01) == moves  # not what the graph says
+    assert [finding.rule for finding in lint(graph, CPU)] == ["rounded-before-normalization"] * moves
 
     lean = drop_float_roundings(graph)
     assert lean.dropped == ("x",)
     assert lint(lean.graph, CPU) == []
-    np.testing.assert_allclose(computed(lean.graph, "lean"), normalized(wide, epsilon), atol=1e-5)
+    np.testing.assert_allclose(computed(lean.graph, "lean"), normalized(wide * (2 if added else 1), epsilon), atol=1e-5)
 
 
 @pytest.mark.parametrize("vendor", ["nncf", pytest.param("pot", marks=(pytest.mark.pot, pytest.mark.slow))])
