@@ -341,7 +341,7 @@ quantization:
         ({"validation_data": "x.npz"}, "accuracy control"),
         ({"quantizer": "pot", "validation_data": "x.npz"}, "accuracy control"),
         ({"quantizer": "nncf", "ranges": "entropy"}, "finds ranges itself"),
-        ({"quantizer": "tensorrt"}, "'auto', 'qdq', 'nncf' or 'pot'"),
+        ({"quantizer": "tensorrt"}, "'auto', 'qdq', 'nncf', 'pot' or 'implicit'"),
         ({"nncf": {"prest": "mixed"}}, r"no 'quantization\.nncf\.prest'"),
         ({"nncf": {"range_quantile": 0.7}}, r"quantization\.nncf\.range_quantile"),
         ({"nncf": {"max_drop": -1}}, r"quantization\.nncf\.max_drop"),

@@ -17,7 +17,20 @@ from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.cli.app import app
 from zsq_deploy.recipe import describe
 
-COMMANDS = ("deploy", "run", "synth", "quantize", "verify", "bench", "report", "inspect", "lint", "doctor", "demo")
+COMMANDS = (
+    "deploy",
+    "run",
+    "synth",
+    "quantize",
+    "verify",
+    "bench",
+    "bundle",
+    "report",
+    "inspect",
+    "lint",
+    "doctor",
+    "demo",
+)
 
 
 GROUPS = {
