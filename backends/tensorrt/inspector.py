@@ -11,7 +11,7 @@ The text is JSON, made with ``ProfilingVerbosity.DETAILED``; ``trtexec --exportL
   ``{ForeignNode[first...last]}``, of which nothing else is said. From 8.6 on ``Metadata`` lists the nodes,
   ``[ONNX Layer: conv1]``, one after the other or with a control character (0x1e, 0x1f) between them.
 * Layer types. ``CaskConvolution``, ``CaskGemmConvolution``, ``Reformat``, ... of the older kernels; ``kgen``, ``gemm``, ``correlation``,
-  ``fusion``, ... of compiled ones, whose names end in ``_myl0_7``.
+  ``fusion``, ... of compiled ones, whose names end in ``_myl0_7``, and whose weights are among ``Constants``.
 
 Sources: NVIDIA's developer guide (Engine Inspector) of 8.6, 10.16 and 11.4 and its page on what changed from 10 to 11; layer files that
 NVIDIA publishes with its engine explorer, and those in public issues of github.com/NVIDIA/TensorRT (3737, 4020, 4397).
@@ -20,6 +20,7 @@ NVIDIA publishes with its engine explorer, and those in public issues of github.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ _TYPES = (
     ("uint8", r"\buint8\b"),
     ("bool", r"\bbool\b"),
 )
-_XMMA = re.compile(r"(?:^|_)([a-z]+\d+)([a-z]+\d+)_([a-z]+\d+)([a-z]+\d+)_([a-z]+\d+)(?:_|$)")
+_WORD = "(i8|i4|u8|i32|f16|bf16|tf32|f32|f64|e4m3|e5m2|e2m1)"
+_XMMA = re.compile(f"(?:^|_){_WORD}{_WORD}_{_WORD}{_WORD}_{_WORD}(?:_|$)")
 """Types in the names of NVIDIA's newer kernels: input, output, weights, sum, last step."""
 
 _OLDER_8_BIT = re.compile(r"(?:^|_)(?:int8x4|int8x32|imma|i8816|i16832|int8)(?:_|$|cudnn)", re.IGNORECASE)
@@ -105,7 +107,7 @@ class Layer:
         """How well it looks like convolutions or matrix products: 2 by its type or kernel, 1 compiled code, 0 not at all."""
         if not self.works or self.kind == "Reformat" or self.origin in ("REFORMAT", "QDQ"):
             return 0
-        if self.weights or _PRODUCT.search(self.kind) or _XMMA.search(self.kernel) or _PRODUCT.search(self.kernel):
+        if _PRODUCT.search(self.kind) or _XMMA.search(self.kernel) or _PRODUCT.search(self.kernel):
             return 2
         return 1 if self.kind in ("kgen", "fusion", "Myelin", "ForeignNode") or self.is_region else 0
 
@@ -195,8 +197,8 @@ def read_layers(text: str, *, where: str = "engine inspector", profile: int = 0)
         raise EngineError(
             f"TensorRT's layer information is not JSON ({error})", where=where, remedy="export it again, as JSON"
         ) from error
-    rows = found.get("Layers") if isinstance(found, dict) else None
-    if not isinstance(rows, list):
+    rows = found.get("Layers") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not rows:
         raise EngineError(
             "TensorRT's layer information lists no layers",
             where=where,
@@ -226,11 +228,17 @@ def _layer(row: Mapping[str, Any], name: str) -> Layer:
         kind=str(row.get("LayerType", "")),
         inputs=_tensors(row.get("Inputs")),
         outputs=_tensors(row.get("Outputs")),
-        weights=_dtype(str(weights.get("Type", ""))),
+        weights=_dtype(str(weights.get("Type", ""))) or _largest(_tensors(row.get("Constants"))),
         kernel=str(row.get("TacticName", "")),
         nodes=tuple(dict.fromkeys(_NODE.findall(str(row.get("Metadata", ""))))),
         origin=str(row.get("Origin", "")),
     )
+
+
+def _largest(constants: Sequence[Tensor]) -> str:
+    """The type of the largest constant of a compiled layer: its weights, beside scales and bias."""
+    typed = [one for one in constants if one.dtype]
+    return max(typed, key=lambda one: math.prod(one.shape)).dtype if typed else ""
 
 
 def _tensors(rows: Any) -> tuple[Tensor, ...]:

@@ -59,6 +59,10 @@ def test_types_are_read_from_words_of_every_generation() -> None:
     )
 
 
+def test_a_bare_list_of_layers_is_read_too() -> None:
+    assert read_layers(json.dumps(json.loads(EIGHT)["Layers"])) == read_layers(EIGHT)
+
+
 def test_of_several_profiles_the_first_is_read() -> None:
     assert len(read_layers(ELEVEN)) == 6
     (second,) = read_layers(ELEVEN, profile=1)
@@ -76,6 +80,7 @@ def test_of_several_profiles_the_first_is_read() -> None:
         ("ampere_first_layer_filter3x3_imma_fwd_swish_execute_filter3x3_swish_kernel_trt", ("int8", "int8")),
         ("volta_int8x4_icudnn_int8x4_128x64_relu_small_nn_v1", ("int8", "int8")),
         ("trt_turing_int8_i8816cudnn_int8_256x64_ldg16_relu_singleBuffer_medium_nt_v1", ("int8", "int8")),
+        ("sm70_xmma_fprop_conv1x1_i8f32_f32_f32_nchw_vect_c_4kcrs_vect_c_4_nchw", None),
         ("sm50_xmma_pooling_fw_4d_FP16FP32NHWC_Average_FastDiv", None),
         ("__myl_FcMulAdd_0xfa6c1858", None),
         ("", None),
@@ -154,6 +159,11 @@ def test_a_float_kernel_of_a_quantized_layer_is_called_so(graph: Graph) -> None:
     assert not dynamic.integer
     assert "does not say in which type" in dynamic.reason
     assert one(Inputs=[{"Format/Datatype": "N/A"}], TacticName="sm80_xmma_fprop_i8i8_i8i32_f32_nhwc").integer
+    small, large = {"Dimensions": [8], "DataType": "Float"}, {"Dimensions": [8, 8, 3, 3], "DataType": "Int8"}
+    assert one(LayerType="correlation", Constants=[small, large]).integer  # compiled layers list their weights so
+    assert not one(
+        LayerType="correlation", Constants=[{**small, "Dimensions": [8, 8, 3, 3]}, {**large, "Dimensions": [8]}]
+    ).integer
     halves = one(Inputs=[{"Name": "x", "Format/Datatype": "Half"}])
     assert halves.reason == "Conv: TensorRT gives this layer float16 numbers"
 
