@@ -48,6 +48,7 @@ GLOSSARY: Mapping[str, str] = MappingProxyType(
         "slack": "quantile of the gaps of noise below which a gap costs nothing",
         "noise": "noise images that the slack is measured on",
         "emphasis": "each image counts one layer of its own twice",
+        "relative": "measure gaps in units of each layer's spread",
         "variety_weight": "weight of the term that keeps images different from each other",
         "soft": "smallest probability that a target class may have",
         "lower": "smallest cosine distance of a feature to its class's centre",

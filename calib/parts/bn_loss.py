@@ -70,6 +70,8 @@ class BNLoss:
         input_layer: Count the network's input as one more layer, in front of the others, with the statistics of natural images.
         slack_quantile: For ``hinge``: the quantile of the gaps that noise inputs produce, per layer.
         emphasis: Image i counts layer (i mod L) twice (DSG's layerwise enhancement).
+        relative: Measure gaps in units of what the layer's channels spread on average, so that a network whose input is 0..255 weighs its
+            layers like one whose input is normalised. No paper does; not for ``kl``, which has no units.
     """
 
     hook: Literal["bn_in", "conv_out"] = "bn_in"
@@ -85,6 +87,7 @@ class BNLoss:
     input_layer: bool = False
     slack_quantile: float = 0.9
     emphasis: bool = False
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.layer_weight not in LAYER_WEIGHTS:
@@ -298,6 +301,10 @@ class BNMatcher:
                     group.eps if self.loss.eps is not None else np.full_like(group.eps, 1e-12)
                 )
                 tensors["var"] = self._tensor(group.var + group.eps)
+                if self.loss.relative:
+                    level = _level(group.var, group.sizes)
+                    tensors["unit mean"] = self._tensor(np.sqrt(level))
+                    tensors["unit second"] = self._tensor(np.sqrt(level) if self.loss.moment == "std" else level)
                 tensors["segment"] = torch.as_tensor(group.segment, device=self._device)
                 made.append((group, tensors))
             self._groups[forms] = made
@@ -314,7 +321,8 @@ class BNMatcher:
     ) -> tuple[Tensor, Tensor]:
         mean, var = self._moments(group, observed)
         second = (var + tensors["eps"]).sqrt() if self.loss.moment == "std" else var
-        return mean - tensors["mean"], second - tensors["second"]
+        mean, second = mean - tensors["mean"], second - tensors["second"]
+        return (mean / tensors["unit mean"], second / tensors["unit second"]) if self.loss.relative else (mean, second)
 
     def _weights(self, group: _Group, batch: int) -> Tensor:
         """Weight of each channel's distance [S]: the layer's weight, over what the layer's sum is divided by."""
@@ -403,6 +411,12 @@ class BNMatcher:
         gap = (inputs.mean - mean).square().sum() + (second - target).square().sum()
         # Per-image methods (ZeroQ, DSG) average the input term over images, per-batch ones (Genie, SADAG) sum it.
         return gap / batch if self.loss.per_sample else gap
+
+
+def _level(var: Float64, sizes: Sequence[int]) -> Float64:
+    """The mean variance of each layer's channels, once for every channel."""
+    pieces = np.split(var, np.cumsum(sizes)[:-1])
+    return np.concatenate([np.full(piece.size, max(float(piece.mean()), 1e-12)) for piece in pieces])
 
 
 def _root(total: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ FORMS = {
         per_sample=True, moment="std", unbiased=True, norm="hinge", divide_by="batch", eps=1e-6, emphasis=True
     ),
     "B1g": BNLoss(moment="var", norm="mse", reduce="mean", layer_weight="shallow_0.2_deep_1.1"),
+    "B1c in units of the layer": BNLoss(moment="var", norm="l2", layer_weight="first_x10", relative=True),
+    "B1a in units of the layer": BNLoss(
+        per_sample=True, moment="std", unbiased=True, norm="l2sq", divide_by="channels", eps=1e-6, relative=True
+    ),
     "plain": BNLoss(per_sample=True, moment="var", norm="l2sq", divide_by="none"),
 }
 
@@ -75,6 +79,9 @@ def reference(
                 gaps = [mean - layer.mean, np.sqrt(var + eps_seen) - np.sqrt(layer.var + eps_stored)]
             else:
                 gaps = [mean - layer.mean, var - layer.var]
+            if loss.relative:
+                level = layer.var.mean()
+                gaps = [gaps[0] / level**0.5, gaps[1] / (level**0.5 if loss.moment == "std" else level)]
             if loss.norm == "hinge":
                 gaps = [np.maximum(np.abs(gap) - limit, 0) for gap, limit in zip(gaps, slack[index], strict=True)]
             factor = np.ones(batch if loss.per_sample else 1)
