@@ -1,7 +1,7 @@
 """Accuracy of what TensorRT is given, without TensorRT: the twin of each graph, and ONNX Runtime's execution of it, against float.
 
-Ways: ``explicit`` (the Q/DQ graph, as ``zsq quantize`` writes it), ``implicit`` (the graph that the calibration cache means), ``plain`` (the
-Q/DQ graph of minimum and maximum, with nothing else done to it). Images: ``data-free`` (ZeroQ where the network has batch norm, structured
+Ways: ``explicit`` (the Q/DQ graph, as ``zsq quantize`` writes it), ``implicit`` (``--quantizer implicit``: what the calibration cache means
+for a network with corrected biases), ``plain`` (the Q/DQ graph of minimum and maximum, with nothing else done to it). Images: ``data-free`` (ZeroQ where the network has batch norm, structured
 pictures where it has none), ``real`` (two halves: what calibrates one is scored on the other). The lint column counts the findings for
 TensorRT 8, 10 and 11.
 
@@ -32,7 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _comparison import NETWORKS, Network, finished_sets, real_halves
 
 from zsq_deploy.artifact import read_json, write_json
-from zsq_deploy.backends import get_backend, get_target
+from zsq_deploy.backends import get_target
+from zsq_deploy.backends.tensorrt.lint import lint
+from zsq_deploy.backends.tensorrt.options import options_from
+from zsq_deploy.backends.tensorrt.placement import place_int4, place_qdq
 from zsq_deploy.evaldata import load_eval_data
 from zsq_deploy.model import Graph, Model, Preprocess, Twin, load_model
 from zsq_deploy.pipeline import EngineSettings, Images, build_engine, make_images, measure_ranges
@@ -280,6 +283,7 @@ def score(
         settings = EngineSettings(
             bits=options.bits,
             search=False,
+            quantizer="implicit" if way == "implicit" else "auto",
             exact_scales=not (plain or options.free_scales),
             bias_correction=not (plain or options.no_bias_correction),
             weight_method=options.weight_method,
@@ -287,8 +291,8 @@ def score(
         with tempfile.TemporaryDirectory() as scratch:
             built = build_engine(model, images, measured, target, Path(scratch), settings, threads=options.threads)
             notes = list(built.notes)
-            graph = Graph.load(Path(scratch) / ("implicit.onnx" if way == "implicit" else "qdq.onnx"))
-            findings = linted(model, images, measured, settings, Path(scratch)) if way != "implicit" else {}
+            graph = Graph.load(built.engine.qdq_path)
+            findings = linted(model, measured.ranges, settings) if way != "implicit" else {}
         calls = {
             "float": floating,
             "twin": twin_of(graph),
@@ -309,23 +313,19 @@ def score(
     }
 
 
-def linted(model: Model, images: Images, measured: Any, settings: EngineSettings, folder: Path) -> dict[str, int]:
+def linted(model: Model, ranges: Any, settings: EngineSettings) -> dict[str, int]:
     """Number of findings in the graph of each generation."""
+    graph = model.folded().graph
     found: dict[str, int] = {}
     for number in GENERATIONS:
         target = get_target(f"tensorrt-{number}")
         if settings.weight_only and number < 10:
             continue
-        backend: Any = get_backend(target)
-        built = build_engine(
-            model,
-            images,
-            measured,
-            target,
-            folder / str(number),
-            EngineSettings(**{**vars(settings), "bias_correction": False}),
+        options = options_from(settings, target)
+        placed = (
+            place_int4(graph, target, options) if settings.weight_only else place_qdq(graph, ranges, target, options)
         )
-        found[str(number)] = len(backend.lint(built.engine.qdq_path, target))
+        found[str(number)] = len(lint(placed.graph, target))
     return found
 
 
@@ -347,11 +347,11 @@ def markdown(results: Mapping[str, Any]) -> str:
                 continue
             floating, twin, plain, fused = (row[which] for which in ("float", "twin", "ort", "ort_optimized"))
             gap = None if floating["accuracy"] is None else 100 * (twin["accuracy"] - floating["accuracy"])
-            lint = "/".join(str(row["lint"].get(str(number), "-")) for number in GENERATIONS) if row["lint"] else "-"
+            lints = "/".join(str(row["lint"].get(str(number), "-")) for number in GENERATIONS) if row["lint"] else "-"
             lines.append(
                 f"| {name} | {way} | {row['calibration']} | {quality(floating)} | {quality(twin)} | "
                 f"{'-' if gap is None else f'{gap:+.2f}'} | {share(twin['agreement'])} | {twin['sqnr_db']:.1f} dB | "
-                f"{quality(plain)} | {share(plain['same_as_twin'])} | {quality(fused)} | {share(fused['same_as_twin'])} | {lint} |"
+                f"{quality(plain)} | {share(plain['same_as_twin'])} | {quality(fused)} | {share(fused['same_as_twin'])} | {lints} |"
             )
             if way == "explicit" and key.endswith("/data-free") and gap is not None and gap < -MARGIN:
                 misses.append(f"* {name}: {-gap:.2f} points below float.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,20 @@ def test_what_will_fuse_is_told():
     assert expect_fusion(network("residual").folded().graph)[0].computes == "float"
 
 
+def test_long_lists_of_kernels_are_put_together():
+    groups = expect_fusion(placed("residual").graph)
+    assert describe_fusion(groups, most=4) == describe_fusion(groups)
+    assert describe_fusion(groups, most=3).splitlines() == [
+        "2 x Conv+Relu: n_stem ... n_left: computes int8, writes int8",
+        "Conv+Add+Relu: n_right, n_sum, n_out: computes int8, writes int8",
+        "Gemm: n_logits: computes int8, writes float",
+        describe_fusion(groups).splitlines()[-1],
+    ]
+    # what could have been in a kernel and is not is never put together with others
+    odd = [dataclasses.replace(group, apart="Add: why") for group in groups[:2]]
+    assert describe_fusion([*odd, *groups[2:]], most=1).count("apart: Add: why") == 2
+
+
 def test_four_bit_weights_in_blocks_of_matrix_products():
     model = network("transformer")
     graph = model.folded().graph
@@ -216,8 +231,31 @@ REAL = {
     "squeezenet11_imagenet": (26, 0),
     "vit_cifar10": (26, 0),
     "ultraface_rfb320": (52, 1),
+    "dncnn25": (20, 0),
 }
 """Network -> integer kernels, and sums that are expected inside of them."""
+
+
+@pytest.mark.assets
+def test_the_transformer_of_the_assets_takes_four_bit_weights(assets: Path):
+    model = load_model(assets / "models" / "vit_cifar10.onnx")
+    graph = model.folded().graph
+    result = place_int4(graph, TARGETS[2])
+    stored = {tensor.name: tensor for tensor in read_qdq(result.graph)}
+    products = [
+        node for node in graph if node.op_type in ("MatMul", "Gemm") and graph.constant(node.input[1]) is not None
+    ]
+    assert set(result.nodes) == {node.name for node in products}
+    assert len(result.nodes) == 25
+    assert {tensor.dtype for tensor in stored.values()} == {"int4"}
+    assert lint(result.graph, TARGETS[2]) == []
+    x = np.random.default_rng(0).normal(0, 1, graph.inputs[0].with_batch(2)).astype(np.float32)
+    with torch.no_grad():
+        value, wanted = (
+            next(iter(Twin(one, device="cpu").run({graph.inputs[0].name: torch.from_numpy(x)}).values())).numpy()
+            for one in (result.graph, graph)
+        )
+    assert sqnr_db(value, wanted) > 10.0
 
 
 @pytest.mark.assets

@@ -11,7 +11,9 @@ import pytest
 from zsq_deploy.backends.tensorrt.ranges import (
     BINS,
     LEVELS,
+    METHODS,
     Magnitudes,
+    calibrate,
     collect_magnitudes,
     divergences,
     entropy_amax,
@@ -23,6 +25,8 @@ from zsq_deploy.quant.histogram import Histogram
 from zsq_deploy.quant.statistics import collect
 
 from .ort_engines import calibration_set, convnet, loaded
+from .tensorrt_networks import images, network, outputs
+from .test_tensorrt_bundle import Images
 
 
 def plain_divergence(counts: np.ndarray, kept: int) -> float:
@@ -164,3 +168,35 @@ def test_merging_counts() -> None:
     assert a.merge(b).counts.sum() == 2 * BINS
     with pytest.raises(UsageError, match="different bins"):
         a.merge(Magnitudes(np.ones(BINS), 3.0))
+
+
+# -- calibrators as range methods --
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_calibrator_is_computed_on_the_set(method: str) -> None:
+    model = network("residual")
+    graph, x = model.folded().graph, images(model, 24)
+    found = calibrate(graph, Images(x), f"tensorrt-{method}")
+    assert (found.method, found.set_digest, found.model_digest) == (f"tensorrt-{method}", "d" * 64, graph.digest)
+    every = ["image", *(value for node in graph for value in node.output if graph.constant(value) is None)]
+    values = outputs(graph, x, every)
+    assert set(found) == set(every)
+    for name, value in values.items():
+        low, high = found[name]
+        amax = float(np.abs(value).max())
+        assert low == -high
+        if method == "minmax":
+            assert high == pytest.approx(amax, rel=1e-6)
+        else:
+            # the search over a histogram that numpy counted
+            counts, _ = np.histogram(np.abs(value).astype(np.float64), BINS, (0.0, amax))
+            assert high == pytest.approx(entropy_amax(Magnitudes(counts.astype(np.float64), amax)), rel=2e-2)
+
+
+def test_what_is_not_published_is_not_computed() -> None:
+    graph = network("residual").folded().graph
+    for name in ("tensorrt-legacy", "ort-minmax", "minmax"):
+        with pytest.raises(UsageError, match="cannot be computed here") as refused:
+            calibrate(graph, Images(np.zeros((1, 3, 8, 8), np.float32)), name)
+        assert "tensorrt-entropy2" in str(refused.value)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 
 from zsq_deploy.backends.tensorrt.cache import CalibrationCache
 from zsq_deploy.backends.tensorrt.ort_table import write_table
+from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.quant import Ranges
 
 RANGES = {"image": (-1.0, 0.5), "conv0": (0.0, 6.0)}
@@ -111,3 +114,68 @@ def test_a_folder_for_the_device(zsq, tmp_path):
     assert zsq("inspect", folder / "calibration.cache", "--json").json["belongs_to"]["model_digest"]
     lint = zsq("lint", folder / "qdq.onnx", "--target", "tensorrt-10", "--json")
     assert (lint.code, lint.json) == (0, [])
+
+
+def test_the_expected_kernels_are_said(zsq, tmp_path):
+    net = small.write_onnx(tmp_path / "net.onnx")
+    words = (net, "--method", "gaussian", "--images", "8", "--target", "tensorrt-10", "-q")
+    said = zsq("quantize", *words, "-o", tmp_path / "a")
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    manifest = json.loads((tmp_path / "a" / "tensorrt-10" / "manifest.json").read_text())
+    kernels = manifest["choices"]["expected_kernels"]
+    assert lines[-1].strip().startswith(f"expected: {len(kernels)} kernels")
+    assert any("computes int8, writes int8" in line for line in lines)
+    told = zsq("quantize", *words, "--json", "-o", tmp_path / "b")
+    assert told.json["tensorrt-10"]["expected_kernels"] == kernels
+
+
+def test_tensorrts_calibrators_are_range_methods(zsq, tmp_path):
+    net = small.write_onnx(tmp_path / "net.onnx")
+    words = (net, "--method", "gaussian", "--images", "8", "-q")
+    said = zsq(
+        *("quantize", *words, "--target", "tensorrt-10", "--ranges", "tensorrt-entropy2"), "-o", tmp_path / "out"
+    )
+    assert said.code == 0, said.err
+    manifest = json.loads((tmp_path / "out" / "tensorrt-10" / "manifest.json").read_text())
+    assert manifest["choices"]["ranges"] == "tensorrt-entropy2"
+    bound = zsq("inspect", tmp_path / "out" / "tensorrt-10" / "calibration.cache", "--json").json["belongs_to"]
+    assert bound["method"] == "tensorrt-entropy2"
+    for target, ranges in (("ort-x86-vnni", "tensorrt-minmax"), ("tensorrt-8", "ort-minmax")):
+        wrong = zsq("quantize", *words, "--target", target, "--ranges", ranges, "-o", tmp_path / "no")
+        assert wrong.code == 2
+        assert f"{ranges} is no calibrator of" in wrong.err
+
+
+def test_an_engine_from_the_float_network_and_a_cache(zsq, tmp_path):
+    net = small.write_onnx(tmp_path / "net.onnx")
+    words = (net, "--method", "gaussian", "--images", "8", "-q", "--quantizer", "implicit")
+    said = zsq("quantize", *words, "--target", "tensorrt-8", "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    folder = tmp_path / "out" / "tensorrt-8"
+    assert {"network.onnx", "implicit.onnx", "calibration.cache"} <= {path.name for path in folder.iterdir()}
+    wrong = zsq("quantize", *words, "--target", "tensorrt-11", "-o", tmp_path / "no")
+    assert (wrong.code, "neither calibrators nor calibration caches" in wrong.err) == (2, True)
+
+
+def test_16_bit_floats_are_a_word_of_the_command_line(zsq, tmp_path):
+    net = small.write_onnx(tmp_path / "net.onnx")
+    words = (net, "--method", "gaussian", "--images", "8", "-q", "--float-type", "float16")
+    said = zsq("quantize", *words, "--target", "tensorrt-11", "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    qdq = tmp_path / "out" / "tensorrt-11" / "qdq.onnx"
+    assert zsq("lint", qdq, "--target", "tensorrt-11", "--json").json == []
+    assert zsq("lint", qdq, "--target", "tensorrt-8").code == 1
+    for target in ("tensorrt-8", "ort-x86-vnni"):
+        wrong = zsq("quantize", *words, "--target", target, "-o", tmp_path / "no")
+        assert (wrong.code, "--float-type" in wrong.err) == (2, True)
+
+
+def test_a_set_of_another_shape_is_refused(zsq, tmp_path):
+    net = small.write_onnx(tmp_path / "net.onnx")
+    sizes = {"image": np.zeros((4, 3, 5, 5), np.float32)}
+    CalibrationSet.from_arrays(sizes, CalibrationManifest(method="gaussian")).save(tmp_path / "set")
+    said = zsq("quantize", net, "--calibration", tmp_path / "set", "--target", "tensorrt-10", "-o", tmp_path / "out")
+    assert said.code == 2
+    assert "5" in said.err
+    assert "Traceback" not in said.err
