@@ -14,6 +14,7 @@ Deliberate deviations:
 
 * the formula of the texture loss is ours (see :class:`~zsq_deploy.calib.parts.terms.texture.TextureShares`); its three thresholds are the published ones, and so
   understood the project's fractal pictures fulfil them on average;
+* at most `centres` (100) classes get a calibration image: with 1,000 classes the centre would cost more than the set;
 * all centres count together, as in SynQ's code, not class by class;
 * weights of the generator's loss (stored statistics, centre, classes: 1 each, as in AdaDFQ for the first and last) are ours;
 * the generator conditions by product up to 100 classes and by batch norms beyond, as GDFQ does for CIFAR and ImageNet; from 64 pixels on it starts
@@ -51,6 +52,7 @@ _SMALL = 64  # most pixels at which the generator has its published shape
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
+        "centres": 100,
         "centre_steps": 300,
         "centre_rate": 0.05,
         "centre_label_weight": 5.0,
@@ -71,6 +73,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 #: What parameters of this method alone mean.
 MEANINGS: Mapping[str, str] = MappingProxyType(
     {
+        "centres": "most classes that get an image of the centre, evenly spaced among all",
         "centre_steps": "optimisation steps of the images whose statistics are the centre",
         "centre_rate": "their step size",
         "centre_label_weight": "weight of the label loss for them",
@@ -103,12 +106,12 @@ def recipe(parameters: Mapping[str, Any]) -> tuple[Recipe, ...]:
     centres = Recipe(
         loss=CENTRE_LOSS,
         terms=(CrossEntropy(parameters["centre_label_weight"]), TextureShares(parameters["texture_weight"])),
-        parametrise=ClassPixels,
+        parametrise=lambda start: ClassPixels(start, parameters["centres"]),
         groups={"images": Group(parameters["centre_rate"], schedule=Constant())},
         steps=parameters["centre_steps"],
         batch_size=parameters["batch_size"],
         clip=parameters["clip"],
-        images=one_each,
+        images=one_each(parameters["centres"]),
     )
     training = Recipe(
         loss=LOSS,

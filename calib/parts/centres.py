@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,22 +22,28 @@ class ClassPixels(Pixels):
 
     Args:
         start: What they start from.
+        most: Most classes that get an image; fewer than there are: evenly spaced ones.
 
     Attributes:
         targets: Image i of the set is asked to be class i, beginning again behind the last class.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, most: int) -> None:
         super().__init__(start.shape, start.generator, start.device)
         assert start.labels is not None
-        classes = (torch.arange(start.shape[0]) + start.offset) % start.labels.classes
-        self.targets = Targets(classes.to(start.device))
+        chosen = one_each(most)(0, start.labels)
+        place = (torch.arange(start.shape[0]) + start.offset) % chosen
+        self.targets = Targets((place * start.labels.classes // chosen).to(start.device))
 
 
-def one_each(_asked: int, labels: LabelSpace | None) -> int:
-    """For `Recipe.images`: one image a class."""
-    assert labels is not None
-    return labels.classes
+def one_each(most: int) -> Callable[[int, LabelSpace | None], int]:
+    """For `Recipe.images`: one image a class, of at most so many classes."""
+
+    def count(_asked: int, labels: LabelSpace | None) -> int:
+        assert labels is not None
+        return min(labels.classes, max(1, most))
+
+    return count
 
 
 def centre_statistics(preparation: Preparation) -> dict[str, Tensor]:

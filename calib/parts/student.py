@@ -18,6 +18,7 @@ from torch import Tensor
 from zsq_deploy.calib.parts.labels import find_labels
 from zsq_deploy.calib.parts.recipe import Preparation
 from zsq_deploy.calib.parts.terms.base import Context
+from zsq_deploy.errors import CalibrationError
 from zsq_deploy.model import Graph, Twin
 from zsq_deploy.quant.qdq import PlacementRules, insert_qdq
 from zsq_deploy.quant.scheme import Granularity, Scheme
@@ -102,8 +103,13 @@ class Student:
         assert context.labels is not None
         graph = Graph(onnx.load_from_string(context.prepared[STUDENT].cpu().numpy().tobytes()))
         labels, last = find_labels(graph, graph.outputs), _last_product(graph)
-        assert labels is not None
-        assert last is not None
+        if labels is None or last is None:
+            raise CalibrationError(
+                f"no Conv, Gemm or MatMul was found on the way to the class scores {context.labels.value!r}, so there is no last layer whose "
+                "gradient could be looked at",
+                where=context.model.name,
+                remedy="use another method, such as genie",
+            )
         self._scores, self._features = labels.value, last.input[0]
         self._input = context.spec.name
         self._student = Twin(graph, dtype=context.dtype, device=context.device)

@@ -21,6 +21,7 @@ from zsq_deploy.calib.parts.network import prepare
 from zsq_deploy.calib.parts.parametrisations import Start, pixels
 from zsq_deploy.calib.parts.priors import InputSpace
 from zsq_deploy.calib.parts.recipe import Group, Recipe
+from zsq_deploy.calib.parts.schedules import Plateau, ScheduleState
 from zsq_deploy.calib.parts.terms import CrossEntropy, TotalVariation
 from zsq_deploy.calib.parts.terms.base import Context, Look
 from zsq_deploy.calib.parts.terms.output import OutputRange
@@ -225,6 +226,16 @@ def test_a_network_with_one_batch_size(classifier: Callable[..., Model]) -> None
     assert outcome["piece"] == 2
     assert sum(outcome["batches"]) == 6
     assert len(outcome["batches"]) == 1
+
+
+def test_the_plateau_forgets_its_best_loss() -> None:
+    """Sony's schedule: after a fall of the step size, a loss worse than the best one ever is progress again."""
+    rates = {}
+    for reset in (False, True):
+        schedule, state = Plateau(1, 0.5, 1e-4, reset=reset), ScheduleState()
+        rates[reset] = [schedule.after(0, loss, 8.0, state) for loss in (1.0, 2.0, 2.0, 1.9, 1.8, 1.7)]
+    assert rates[False] == [8.0, 8.0, 4.0, 4.0, 2.0, 2.0]
+    assert rates[True] == [8.0, 8.0, 4.0, 4.0, 4.0, 4.0]
 
 
 def test_published_values() -> None:

@@ -88,7 +88,10 @@ def test_each_image_has_the_class_of_its_place() -> None:
     from zsq_deploy.calib.parts.labels import LabelSpace
 
     start = Start((3, 3, 4, 4), random(), CPU, labels=LabelSpace("out", 5, ""), offset=4)
-    assert ClassPixels(start).targets.classes.tolist() == [4, 0, 1]
+    assert ClassPixels(start, 100).targets.classes.tolist() == [4, 0, 1]
+    # Of five classes three: the first, and two more at even distances.
+    start = Start((4, 3, 4, 4), random(), CPU, labels=LabelSpace("out", 5, ""), offset=0)
+    assert ClassPixels(start, 3).targets.classes.tolist() == [0, 1, 3, 0]
 
 
 def test_stages_make_what_they_should(classifier: Callable[..., Model]) -> None:
@@ -101,6 +104,8 @@ def test_stages_make_what_they_should(classifier: Callable[..., Model]) -> None:
     assert said["outcome"]["steps"] == [0, 0, 0]
     assert any("drawn" in note for note in made.manifest.notes)
     assert made.arrays()["image"].shape == (7, 3, 12, 10)
+    few = checks.made(classifier(classes=5), "texq", 4, parameters={**QUICK, "centres": 2}).manifest.parameters
+    assert few["earlier_stages"][0]["outcome"]["batches"] == [2]
 
 
 def test_every_loss_falls(classifier: Callable[..., Model]) -> None:
