@@ -107,7 +107,7 @@ def build_plan(
         cache: The calibration cache, with ``implicit``; its header may name any version.
         made_of: The file in the plan's folder that `network` was made of, where it is another one: that one is recorded.
         timing_cache: Where times of kernels are kept between builds; ``None``: nowhere.
-        progress: Watches; Ctrl-C ends the build where TensorRT has progress monitors (8.6 and later).
+        progress: Watches; Ctrl-C ends the build where TensorRT has progress monitors (10 and later).
 
     Raises:
         UsageError: Settings that this generation does not have, or a network with more open sizes than the batch.
@@ -240,6 +240,12 @@ def _serialized(
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.effort is not None:
+        if not hasattr(config, "builder_optimization_level"):
+            raise UsageError(
+                f"TensorRT {trt.__version__} has no optimization levels",
+                where="PlanSettings.effort",
+                remedy="leave it out, or use TensorRT 8.6 or later",
+            )
         config.builder_optimization_level = settings.effort
     _one_profile(builder, config, definition, settings.batch, network)
     calibrator = None
@@ -247,14 +253,17 @@ def _serialized(
         calibrator = _from_cache(trt, read_cache(cache, zeros=True), where=str(cache))
         config.int8_calibrator = calibrator
     times = _take_times(config, timing_cache)  # held until the engine is built: TensorRT does not
-    monitor = make_monitor(trt, progress, f"build {network.stem} ({settings.mode}, {settings.floats})")
-    if monitor is not None:
-        config.progress_monitor = monitor[0]
-    finish = None if monitor is None else monitor[1]
-    try:
-        made = builder.build_serialized_network(definition, config)
-    finally:
-        if finish is not None:
+    title = f"build {network.stem} ({settings.mode}, {settings.floats})"
+    monitor = make_monitor(trt, progress, title)
+    if monitor is None:
+        with progress.task(title, 1) as task:
+            made = builder.build_serialized_network(definition, config)
+            task.advance()
+    else:
+        config.progress_monitor, finish = monitor
+        try:
+            made = builder.build_serialized_network(definition, config)
+        finally:
             finish()
     if made is None:
         raise EngineError(

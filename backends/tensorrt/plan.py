@@ -35,7 +35,7 @@ class PlanSettings:
         floats: One of :data:`FLOATS`. Of an explicit engine only ``float32`` and ``tf32``, unless types are weak (TensorRT 8 and 10).
         batch: The largest batch of a network with an open batch, and the one that kernels are chosen for; smaller ones run too.
         workspace_mib: Most device memory for the scratch of one layer; ``None``: TensorRT's own limit, all of the device.
-        effort: TensorRT's builder optimization level, 0 to 5; ``None``: its default.
+        effort: TensorRT's builder optimization level, 0 to 5 (8.6 and later); ``None``: its default.
     """
 
     mode: str = "explicit"

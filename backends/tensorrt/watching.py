@@ -81,7 +81,7 @@ class _Cancelled:
 
 
 def make_monitor(trt: Any, progress: Progress, title: str) -> tuple[Any, Callable[[], None]] | None:
-    """A progress monitor for the builder, where this TensorRT has one (8.6 and later).
+    """A progress monitor for the builder, where this TensorRT has one (10 and later).
 
     Returns:
         An instance of a subclass of ``trt.IProgressMonitor``, and a function to call after the build: it ends the progress bar, and

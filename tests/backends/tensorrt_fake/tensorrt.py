@@ -28,8 +28,14 @@ GENERATION = int(__version__.split(".")[0])
 _MAGIC = b"pretended engine\n"
 
 
+_NOT_YET = {8: ("IProgressMonitor",)}
+"""What the bindings of 10 have and those of 8 do not."""
+
+
 def __getattr__(name):
     """Everything that is not written here is NVIDIA's."""
+    if name in _NOT_YET.get(GENERATION, ()):
+        raise AttributeError(name)
     return getattr(real, name)
 
 
@@ -149,6 +155,7 @@ class IBuilderConfig(Strict, like=real.IBuilderConfig):
     def __init__(self):
         self._flags, self._profiles, self._times, self._limits = {real.BuilderFlag.TF32}, [], None, {}
         self.profiling_verbosity = real.ProfilingVerbosity.LAYER_NAMES_ONLY
+        self.builder_optimization_level = 3
 
     def set_flag(self, flag):
         assert isinstance(flag, real.BuilderFlag)
@@ -235,6 +242,7 @@ class Builder(Strict, like=real.Builder):
             "network": network._flags,
             "shapes": shapes,
             "limits": config._limits,
+            "effort": config.builder_optimization_level,
             "detailed": config.profiling_verbosity == real.ProfilingVerbosity.DETAILED,
             "scales": scales,
             "times": None if config._times is None else config._times._data.decode(),
