@@ -15,38 +15,49 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from _plain_losses import LOSSES, Given, augmented
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.parts import native
+from zsq_deploy.calib.parts.augment import Plan
+from zsq_deploy.calib.parts.bn_loss import SLACK
 from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
+from zsq_deploy.calib.parts.labels import Targets, find_labels
 from zsq_deploy.calib.parts.memory import steady_memory
 from zsq_deploy.calib.parts.network import prepare
 from zsq_deploy.calib.parts.parametrisations import LatentImages, Pixels
 from zsq_deploy.calib.parts.priors import InputSpace
+from zsq_deploy.calib.parts.recipe import Finished, Preparation, Recipe
 from zsq_deploy.calib.parts.seeds import batch_generator
 from zsq_deploy.calib.parts.sizing import largest_batch
+from zsq_deploy.calib.parts.terms import Context
 from zsq_deploy.model import Preprocess, load_model
 
 
 class Plain:
     """The method as one would write it down: hooks, `torch.var`, NCHW, Adam."""
 
-    def __init__(self, method: str, module: nn.Module, shape: tuple[int, ...], seed: int) -> None:
-        self.method, self.module = method, module
+    def __init__(
+        self, method: str, module: nn.Module, shape: tuple[int, ...], recipe: Recipe, given: Mapping[str, Any]
+    ) -> None:
+        self.method, self.module, self.recipe, self.shape, self.given = method, module, recipe, shape, dict(given)
         self.norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
         self.seen: list[Tensor] = []
+        self.features: list[Tensor] = []
         for norm in self.norms:
             norm.register_forward_pre_hook(lambda _, given: self.seen.append(given[0]))
-        if method == "zeroq":
-            self.pixels = torch.randn(shape, generator=batch_generator(seed, "images", 0)).requires_grad_()
-            self.optimisers = [torch.optim.Adam([self.pixels], lr=0.5)]
-        else:
-            start = batch_generator(seed, "images", 0)
+        last = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
+        last.register_forward_pre_hook(lambda _, given: self.features.append(given[0].flatten(1)))
+        start, self.random = batch_generator(0, "images", 0), batch_generator(0, "augment", 0)
+        if method == "genie":
             self.latent = LatentImages(shape, start)
             self.latent.network.to(memory_format=torch.contiguous_format)
             self.latent.network.forward = self.generate  # type: ignore[method-assign]
@@ -54,10 +65,14 @@ class Plain:
                 torch.optim.Adam([self.latent.latents], lr=0.1),
                 torch.optim.Adam(self.latent.network.parameters(), lr=0.01),
             ]
+            return
+        group = recipe.groups["images"]
+        self.pixels = torch.randn(shape, generator=start).requires_grad_()
+        self.optimisers = [torch.optim.Adam([self.pixels], lr=group.rate, betas=group.betas)]
 
     def images(self) -> Tensor:
         """The batch, with gradients."""
-        return self.pixels if self.method == "zeroq" else self.latent.images().contiguous()
+        return self.latent.images().contiguous() if self.method == "genie" else self.pixels
 
     def generate(self, latents: Tensor) -> Tensor:
         """The generator as it is published: enlarge, then convolve."""
@@ -69,18 +84,16 @@ class Plain:
                 x = F.leaky_relu(parts.norms[index](x), 0.2)
         return F.batch_norm(torch.tanh(x)[:, :, : parts.size[0], : parts.size[1]], None, None, training=True)
 
-    def loss(self, images: Tensor) -> Tensor:
-        """The paper's loss."""
+    def loss(self, images: Tensor, plans: Sequence[Plan] | None = None) -> Tensor:
+        """The paper's loss; without `plans` the choices of the step are drawn."""
         self.seen.clear()
-        self.module(images)
-        axes = (2, 3) if self.method == "zeroq" else (0, 2, 3)
-        prior = images.mean((2, 3)).square().sum() + ((images.var((2, 3)) + 1e-6).sqrt() - 1).square().sum()
-        total = prior / len(images) if self.method == "zeroq" else prior
-        for norm, z in zip(self.norms, self.seen, strict=True):
-            std = (z.var(axes) + 1e-6).sqrt() - (norm.running_var + 1e-6).sqrt()
-            gap = (z.mean(axes) - norm.running_mean).square().sum() + std.square().sum()
-            total = total + gap / z.shape[1]
-        return total
+        self.features.clear()
+        if plans is None:
+            plans = [augment.draw(self.shape, self.random, 0, 1) for augment in self.recipe.augment]
+        seen = augmented(images, plans)
+        scores = self.module(seen).flatten(1)
+        given = Given(self.norms, self.seen, images, seen, scores, self.features[-1], **self.given)
+        return LOSSES[self.method](given)
 
     def step(self) -> None:
         """One step of Adam."""
@@ -100,7 +113,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=[3, 32, 32])
     parser.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406])
     parser.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225])
-    parser.add_argument("--method", choices=["zeroq", "genie"], default="zeroq")
+    parser.add_argument("--method", choices=list(LOSSES), default="zeroq")
     parser.add_argument("--batch", type=int, default=0, help="0: the method's own")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -125,20 +138,41 @@ def main() -> None:
 
     chosen = METHODS[options.method]
     assert chosen.run is not None
-    recipe = chosen.run({**chosen.defaults, "clip": False, **({"swing": 0} if options.method == "genie" else {})})
+    parameters = {**chosen.defaults, "clip": False, **({"swing": 0} if options.method == "genie" else {})}
+    recipe = chosen.run(parameters)
+    assert isinstance(recipe, Recipe)
     batch = options.batch or recipe.batch_size
     shape = (batch, *options.shape)
     spec, device = model.inputs[0], torch.device("cpu")
     identity = InputSpace(None, None, None, None, None, None)
-    ours = Objective(recipe, prepare(model), spec, identity, device=device)
-    _, ours.piece, _ = largest_batch(ours, tuple(options.shape), batch, device, None)
-    plain, run = Plain(options.method, module, shape, 0), BatchRun(ours, shape, 0, 0)
+    labels = find_labels(model.graph, model.outputs)
+    context = Context(model, prepare(model), spec, identity, labels, device, torch.float32)
+    if recipe.prepare is not None:
+        context = replace(context, prepared=recipe.prepare(Preparation(context, batch, batch)))
+    ours = Objective(recipe, context.network, spec, identity, device=device, context=context)
+    ours.piece = largest_batch(ours, tuple(options.shape), batch, device, None)[1]
+    memory: dict[str, Tensor] = {}
+    if recipe.remember is not None:  # as if a batch had been made before
+        noise = torch.randn(shape, generator=batch_generator(2, "images", 0))
+        targets = Targets(torch.arange(batch) % (labels.classes if labels else 1))
+        before = Finished(noise, targets, {}, lambda names: ours.values(noise, names), context)
+        memory = dict(recipe.remember(before))
+    run = BatchRun(ours, shape, 0, 0, memory=memory)
+    scene = replace(ours.rehearsal(shape), memory=memory, targets=run.targets)
+    given = {
+        "classes": run.targets.classes if run.targets else None,
+        "soft": run.targets.soft if run.targets else None,
+        "memory": memory,
+        "slack": context.prepared.get(SLACK),
+        "options": parameters,
+    }
+    plain = Plain(options.method, module, shape, recipe, given)
 
     images = Pixels(shape, batch_generator(1, "images", 0)).pixels
     theirs = images.detach().contiguous().requires_grad_()
-    expected = plain.loss(theirs)
+    expected = plain.loss(theirs, scene.plans)
     expected.backward()
-    value = ours.backward(images)["loss"]
+    value = ours.backward(images, scene)["loss"]
     assert images.grad is not None
     assert theirs.grad is not None
     error = abs(value - expected.item()) / abs(expected.item())
