@@ -11,7 +11,8 @@ Not known: all weights, step size, number of steps, the box's distribution.
 
 Deliberate deviations:
 
-* optimiser, schedule, form of the batch-norm distance, and weights are DeepInversion's in this project (see :mod:`.deepinversion`), whose line the paper continues;
+* optimiser, schedule, form of the batch-norm distance (in units of each layer's spread), and weights are DeepInversion's in this project (see
+  :mod:`.deepinversion`), whose line the paper continues; networks of a zoo that take different pixels are then weighed alike;
 * half of the steps are mixed (`mix`), because the images that come out are whole ones, and their statistics count too;
 * the box has between 0.2 and 0.7 of the image's sides (`box_least`, `box_most`);
 * images are mirrored as in DeepInversion, but not rolled: boxes already move what the network sees.
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from zsq_deploy.calib.methods.deepinversion import LOSS
+from zsq_deploy.calib.methods.deepinversion import LOSS, RELATIVE_LOSS
 from zsq_deploy.calib.parts.augment import Flip
 from zsq_deploy.calib.parts.labels import uniform
 from zsq_deploy.calib.parts.mixing import Paste
@@ -33,7 +34,7 @@ from zsq_deploy.calib.parts.schedules import Cosine
 from zsq_deploy.calib.parts.terms import PixelNorm, TotalVariation
 from zsq_deploy.calib.parts.terms.networks import Zoo
 
-__all__ = ["DEFAULTS", "LOSS", "MEANINGS", "recipe"]
+__all__ = ["DEFAULTS", "MEANINGS", "recipe"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -41,9 +42,10 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "rate": 0.1,
         "warmup": 25,
         "batch_size": 128,
-        "bn_weight": 10.0,
+        "bn_weight": 0.3,
+        "relative": True,
         "label_weight": 1.0,
-        "smooth_weight": 2.5e-5,
+        "smooth_weight": 1e-4,
         "size_weight": 1e-5,
         "mix": 0.5,
         "box_least": 0.2,
@@ -66,13 +68,14 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
 def recipe(parameters: Mapping[str, Any]) -> Recipe:
     """MixMix with resolved `parameters` (see :data:`DEFAULTS`)."""
     schedule = Cosine(parameters["steps"], parameters["warmup"])
+    loss = RELATIVE_LOSS if parameters["relative"] else LOSS
     return Recipe(
-        loss=LOSS,
+        loss=loss,
         loss_weight=0.0,  # the statistics are matched by the term, for all networks
         terms=(
-            Zoo(LOSS, parameters["bn_weight"], parameters["label_weight"]),
+            Zoo(loss, parameters["bn_weight"], parameters["label_weight"]),
             TotalVariation(parameters["smooth_weight"]),
-            PixelNorm(parameters["size_weight"]),
+            PixelNorm(parameters["size_weight"], of="image"),
         ),
         augment=(Flip(0.5), Paste(parameters["mix"], parameters["box_least"], parameters["box_most"])),
         targets=uniform,

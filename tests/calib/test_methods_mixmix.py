@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from zsq_deploy.calib.methods.mixmix import LOSS
+from zsq_deploy.calib.methods.deepinversion import LOSS
 from zsq_deploy.calib.parts.bn_loss import BNMatcher
 from zsq_deploy.calib.parts.labels import Targets, find_labels
 from zsq_deploy.calib.parts.mixing import Paste, pasted
