@@ -36,6 +36,7 @@ def test_deploy_builds_runs_verifies_and_reports(home: Path, tmp_path: Path) -> 
     report = json.loads((out / "report.json").read_text())["targets"]["tensorrt-10"]
     assert report["device"]["name"] == "Xavier"
     assert report["device"]["float modes"] == ["float32", "float16"]
+    assert report["runtime_version"] == machine.version
     engine = report["engine"]
     assert engine["path"] == "tensorrt-10/engine.plan"
     assert engine["bytes"] == (out / engine["path"]).stat().st_size

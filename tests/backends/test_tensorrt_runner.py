@@ -20,6 +20,7 @@ from zsq_deploy.backends.tensorrt.cuda import Gpu
 from zsq_deploy.backends.tensorrt.options import BuildOptions
 from zsq_deploy.backends.tensorrt.placement import place_qdq
 from zsq_deploy.backends.tensorrt.plan import check_plan
+from zsq_deploy.cli.inspecting import describe_thing
 from zsq_deploy.errors import EngineError, StaleArtifactError
 
 from .tensorrt_device import VERSIONS, device
@@ -328,6 +329,12 @@ def test_a_plan_without_its_record(tmp_path: Path) -> None:
         "cuda": "12.6", "plan_sha256": "0", "bytes": 1, "seconds": 1.0, "cache_sha256": "", "layers": 1, "warnings": [],
     }  # fmt: skip
     (tmp_path / "engine.plan.json").write_text(json.dumps(record))
+    described = describe_thing(str(plan))
+    assert (described["kind"], described["gpu"], described["settings"]) == (
+        "TensorRT engine",
+        "Orin",
+        {"mode": "explicit"},
+    )
     with pytest.raises(StaleArtifactError, match="damaged"):
         check_plan(plan, version="10.3.0", gpu=gpu)
     with pytest.raises(StaleArtifactError, match=r"built by TensorRT 10\.3\.0, and this is TensorRT 10\.4\.0"):

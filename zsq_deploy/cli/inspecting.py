@@ -59,6 +59,8 @@ def describe_thing(
         place = engine
     if place.suffix == ".xml":
         return _describe_ir(place, nodes)
+    if place.suffix == ".plan":
+        return _describe_plan(place)
     if place.is_file() and _holds_layers(place):
         return _describe_layers(place)
     if place.is_file() and _holds_scales(place):
@@ -87,6 +89,15 @@ def _holds_scales(file: Path) -> bool:
     from zsq_deploy.backends.tensorrt.scale_files import is_scale_file
 
     return file.suffix == ".json" or is_scale_file(file)
+
+
+def _describe_plan(file: Path) -> dict[str, Any]:
+    """For which GPU and which TensorRT an engine was built, and from what: what stands beside it."""
+    from zsq_deploy.backends.tensorrt.plan import read_plan
+
+    record = read_plan(file)
+    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return {"kind": "TensorRT engine", "file": str(file), **fields, "warnings": list(record.warnings)}
 
 
 def _holds_layers(file: Path) -> bool:

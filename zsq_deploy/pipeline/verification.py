@@ -40,7 +40,16 @@ from zsq_deploy.verify import (
     walk_fused,
 )
 
-__all__ = ["Evidence", "batch_for", "measure_latency", "output_steps", "prepared", "runtime_version", "twin_predictor", "verify_engine"]
+__all__ = [
+    "Evidence",
+    "batch_for",
+    "measure_latency",
+    "output_steps",
+    "prepared",
+    "runtime_version",
+    "twin_predictor",
+    "verify_engine",
+]
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -231,13 +240,14 @@ def verify_engine(
         divergence = walk_fused([feeds for feeds, _ in first], integer, graph, fetch)
     layers = _layers(model, graph, twin, evidence, min(size, LAYER_SAMPLES))
     proof = prove(engine_runner.kernels(sample))
+    facts = dict(backend.device_facts(target, threads=threads))
     section: dict[str, Any] = {
         "runtime": target.runtime,
-        "runtime_version": runtime_version(target.runtime),
+        "runtime_version": runtime_version(target.runtime) or str(facts.get(target.runtime, "")),
         "summary": target.summary,
         "activation": str(target.activation),
         "weight": str(target.weight),
-        "device": dict(backend.device_facts(target, threads=threads)),
+        "device": facts,
         "engine": engine_section(
             engine.path,
             root,
