@@ -238,6 +238,14 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-0.5 * (at / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(images)
     channels = images.shape[1]
-    x = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    x = _extended(_extended(images, reach, 2), reach, 3)
     x = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
     return F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def _extended(images: Tensor, by: int, axis: int) -> Tensor:
+    """The images with their first and last line along an axis repeated. From slices: their gradient is deterministic on every device."""
+    shape = [-1, -1, -1, -1]
+    shape[axis] = by
+    first, last = images.narrow(axis, 0, 1), images.narrow(axis, images.shape[axis] - 1, 1)
+    return torch.cat([first.expand(shape), images, last.expand(shape)], axis)
