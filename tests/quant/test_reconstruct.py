@@ -16,6 +16,7 @@ from zsq_deploy.errors import ModelError, OutputExistsError, StaleArtifactError,
 from zsq_deploy.model.model import Model
 from zsq_deploy.model.twin import Twin
 from zsq_deploy.progress import SILENT
+from zsq_deploy.quant import PlacementRules, collect, insert_qdq
 from zsq_deploy.quant.reader import read_qdq
 from zsq_deploy.quant.reconstruct import PRESETS, PROTOCOLS, Bits, Preset, clip_codes, reconstruct, round_to_nearest
 from zsq_deploy.quant.reconstruct.blocks import find_blocks
@@ -257,13 +258,16 @@ def test_asymmetric_weights_and_signed_activations(model, data):
         data,
         "w3a4",
         "all-layers",
-        dataclasses.replace(SHORT, steps=20),
+        dataclasses.replace(SHORT, steps=20, bias_lr=1e-2, relative=True),
         activation=Scheme(8, signed=True, symmetric=False),
         weight=weight,
     )
     zero_points = np.concatenate([w.zero_point.reshape(-1) for w in result.state.weights.values()])
     assert len(np.unique(zero_points)) > 2
     assert all(w.codes.min() >= 0 and w.codes.max() <= 7 for w in result.state.weights.values())
+    for layer in result.template.layers:  # biases were learned, too, and stay close
+        before, after = result.template.biases[layer.bias], result.state.biases[layer.node]
+        assert 0 < np.abs(after - before).max() < 0.5
     x = images(16, seed=41)
     assert error(model, result.graph, x) < np.square(logits(model.folded().graph, x)).sum()
 
@@ -288,7 +292,31 @@ def test_the_protocol_says_what_has_how_many_bits(model, data, learned):
     assert "second layer" in second.description
 
 
+@pytest.mark.parametrize(
+    "change", [{"round_outputs": "read"}, {"residual": "skip", "bias": "float"}, {"exclude": "last"}]
+)
+def test_other_rules_of_placement(model, data, change):
+    if "exclude" in change:
+        last = [node.name for node in model.folded().graph.nodes if node.op_type == "Gemm"]
+        change = {"exclude": frozenset(last), "store_weights": "float"}
+    rules = PlacementRules(**change)
+    result = reconstruct(model, data, "w4a4", "all-layers", dataclasses.replace(SHORT, steps=5), rules=rules)
+    x = images(16, seed=43)
+    assert error(model, result.graph, x) < np.square(logits(model.folded().graph, x)).sum()
+    expected = insert_qdq(
+        model.folded().graph,
+        collect(model.folded().graph, data.batches(16), device="cpu").ranges(),
+        activation=Scheme(8, signed=False, symmetric=False),
+        weight=Scheme(8, granularity=Granularity.CHANNEL),
+        rules=dataclasses.replace(rules, store_weights="integers"),
+    )
+    placed = {t.name.removesuffix("_in_range") for t in read_qdq(result.graph) if t.quantize}
+    assert placed == {t.name for t in read_qdq(expected) if t.quantize}
+
+
 def test_wrong_words_are_refused(model, data):
+    with pytest.raises(UsageError, match="cannot be learned"):
+        reconstruct(model, data, "w4a4", weight=Scheme(4, granularity=Granularity.CHANNEL))
     with pytest.raises(UsageError, match="bits"):
         reconstruct(model, data, "w1a4")
     with pytest.raises(UsageError, match="bits"):

@@ -7,6 +7,7 @@ initializer that can be fed. Value names behind the quantizers stay, so what is 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from zsq_deploy.errors import ModelError
+from zsq_deploy.errors import ModelError, UsageError
 from zsq_deploy.model.constants import own_constants
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.quant.qdq import PlacementRules, insert_qdq
 from zsq_deploy.quant.reader import is_dequantize, is_quantize, read_qdq
-from zsq_deploy.quant.scheme import Scheme
+from zsq_deploy.quant.scheme import Granularity, Scheme
 
 __all__ = ["PRODUCTS", "WEIGHTED", "Layer", "Site", "Template", "make_template"]
 
@@ -136,9 +137,17 @@ def make_template(
         rules: Where Q/DQ may stand.
 
     Raises:
+        UsageError: A scheme has other bits than 8, or weights in blocks.
         ModelError: Nothing in the network can be quantized.
     """
-    rules = rules or PlacementRules()
+    if weight.granularity is Granularity.BLOCK or weight.bits != 8 or activation.bits != 8:
+        raise UsageError(
+            f"{activation} with {weight} cannot be learned",
+            where="activation, weight",
+            remedy="give the target's 8-bit schemes, weights per tensor or per channel; the bits are reduced within them",
+        )
+    # Weights are always stored as integers: that is what is learned.
+    rules = dataclasses.replace(rules or PlacementRules(), store_weights="integers")
     graph = own_constants(graph, WEIGHTED)
     qdq = insert_qdq(graph, ranges, activation=activation, weight=weight, rules=rules)
     found = [tensor for tensor in read_qdq(qdq) if tensor.quantize is not None and not tensor.is_weight]
