@@ -70,6 +70,7 @@ class BuildSettings:
         exclude: Nodes that stay in float.
         quantize_outputs: Quantize the network's outputs too.
         weight_method: ``minmax`` or ``mse``.
+        rounding: ``nearest``, or ``squant``: rounding errors cancel in each output channel (:mod:`zsq_deploy.quant.algebra.squant`).
         exact_scales: Scales on which engine and reference agree exactly (:mod:`zsq_deploy.quant.exact_scales`).
         float_type: Type of what is computed in float: ``float32``, ``float16`` or ``bfloat16``, written into the graph itself.
         compress_weights: Compress weights in this way (``int8_sym``, ...) instead of quantizing; ``None``: quantize.
@@ -82,6 +83,7 @@ class BuildSettings:
     exclude: tuple[str, ...] = ()
     quantize_outputs: bool = False
     weight_method: str = "minmax"
+    rounding: str = "nearest"
     exact_scales: bool = True
     float_type: str = "float32"
     compress_weights: str | None = None

@@ -50,7 +50,7 @@ def check_provenance(model: Any, folded: Graph, ranges: Any, calibration: Any) -
         return
     manifest = getattr(calibration, "manifest", None)
     made_for = str(getattr(manifest, "model_digest", "") or "")
-    if made_for and made_for not in known:
+    if made_for and made_for not in known | {str(getattr(model, "origin", ""))}:
         raise StaleArtifactError(
             "this calibration set was synthesized from another network",
             where=f"set of model {made_for[:12]}..., network {model.name} is {model.digest[:12]}...",

@@ -343,7 +343,10 @@ class CalibrationSet:
                 )
         if not same_network:
             return
-        if self._manifest.model_digest and self._manifest.model_digest != model.digest:
+        if self._manifest.model_digest and self._manifest.model_digest not in (
+            model.digest,
+            getattr(model, "origin", ""),
+        ):
             raise StaleArtifactError(
                 f"the set was made for another network: {self._manifest.model_name!r} "
                 f"({self._manifest.model_digest[:12]}), not {model.name!r} ({model.digest[:12]})",

@@ -83,6 +83,7 @@ class BuildOptions:
         gates: Rewrite HardSwish and HardSigmoid into operators with integer kernels; otherwise they stay in float.
         widen: Add zero channels where the integer kernels want round numbers of channels; exact, and often faster.
         weight_method: How weight scales are found: ``minmax`` or ``mse``.
+        rounding: How weights are rounded: to ``nearest``, or by ``squant`` (:mod:`zsq_deploy.quant.algebra.squant`).
         exact_scales: Move activation and weight scales to the nearby grid on which this runtime's requantization, the Q/DQ graph and
             exact integer arithmetic agree code for code (:mod:`zsq_deploy.quant.exact_scales`).
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
@@ -102,6 +103,7 @@ class BuildOptions:
     gates: bool = False
     widen: bool = False
     weight_method: str = "minmax"
+    rounding: str = "nearest"
     exact_scales: bool = False
     biases: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     weights: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class BuildOptions:
             "gates": self.gates,
             "widen": self.widen,
             "weight_method": self.weight_method,
+            "rounding": self.rounding,
             "exact_scales": self.exact_scales,
             "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
             "replaced_weights": {name: digest_array(array) for name, array in sorted(self.weights.items())},
@@ -189,6 +192,7 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         exclude=settings.exclude,
         quantize_outputs=settings.quantize_outputs,
         weight_method=settings.weight_method,
+        rounding=settings.rounding,
         exact_scales=settings.exact_scales,
     )
 

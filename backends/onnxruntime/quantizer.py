@@ -37,6 +37,7 @@ from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.algebra.squant import squant
 from zsq_deploy.quant.exact_scales import exact_scales
 
 __all__ = ["BuildOptions", "build", "quantize_graph"]
@@ -107,6 +108,8 @@ def build(
         task.advance(step="quantize_static")
         engine_path = folder / "engine.onnx"
         proto = quantize_graph(prepared, placement, found, cache, target, options)
+        if options.rounding == "squant":  # on the final scales, so that nothing is rounded again
+            proto = squant(Graph(proto), prepared.graph).proto
         added: tuple[str, ...] = ()
         qdq_path = engine_path
         if options.widen:

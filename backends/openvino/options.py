@@ -187,6 +187,7 @@ class BuildOptions:
         exclude: Names of nodes (of the folded graph) that stay in float, whoever quantizes.
         quantize_outputs: Also quantize the network's outputs (our Q/DQ graph only).
         weight_method: How weight scales are found in our Q/DQ graph: ``minmax`` or ``mse``.
+        rounding: How weights of our Q/DQ graph are rounded: to ``nearest``, or by ``squant`` (:mod:`zsq_deploy.quant.algebra.squant`).
         exact_scales: Settle scales and biases so that the engine, its Q/DQ graph and exact arithmetic agree
             (:mod:`zsq_deploy.quant.settle`). ``False`` with NNCF or POT: the IR that they wrote is the engine as it is.
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
@@ -206,6 +207,7 @@ class BuildOptions:
     exclude: tuple[str, ...] = ()
     quantize_outputs: bool = False
     weight_method: str = "minmax"
+    rounding: str = "nearest"
     exact_scales: bool = False
     biases: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     weights: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -258,6 +260,7 @@ class BuildOptions:
             "exclude": list(self.exclude),
             "quantize_outputs": self.quantize_outputs,
             "weight_method": self.weight_method,
+            "rounding": self.rounding,
             "exact_scales": self.exact_scales,
             "compress_weights": self.compress_weights,
             "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
@@ -278,6 +281,15 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
     Raises:
         UsageError: There is no such quantizer, or it knows no such word or value.
     """
+    quantizer = settings.quantizer
+    if settings.rounding != "nearest":
+        if quantizer not in ("auto", "qdq") or settings.weight_only:
+            raise UsageError(
+                "NNCF and POT round weights themselves",
+                where="--rounding",
+                remedy="leave it out, or choose --quantizer qdq and bits of weights and activations",
+            )
+        quantizer = "qdq"
     if settings.float_type != "float32":
         raise UsageError(
             f"target {target.name!r} computes in float32 what it does not quantize",
@@ -290,11 +302,12 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         pot["config_path"] = Path(pot["config_path"])
     return BuildOptions(
         bits=settings.bits,
-        quantizer=cast("Quantizer", settings.quantizer),
+        quantizer=cast("Quantizer", quantizer),
         op_types=settings.op_types,
         exclude=settings.exclude,
         quantize_outputs=settings.quantize_outputs,
         weight_method=settings.weight_method,
+        rounding=settings.rounding,
         exact_scales=settings.exact_scales,
         compress_weights=settings.compress_weights,
         nncf=NncfOptions(**vendor.get("nncf", {})),

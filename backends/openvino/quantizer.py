@@ -345,6 +345,12 @@ def _finish(design: Design, folded: Graph, target: Target, options: BuildOptions
         record["activation_steps_grew_by"] = settled.coarser
         record["inexact_layers"] = dict(settled.inexact)
         record["notes"].extend(settled.notes)
+    if options.rounding == "squant":  # on the final scales, so that nothing is rounded again
+        squant = importlib.import_module("zsq_deploy.quant.algebra").squant
+        known = {name: weight for name, weight in (floats or {}).items() if name in qdq}
+        for name in known:  # replaced weights go by the name of the constant
+            known[name] = options.weights.get(folded.node(name).input[1], known[name])
+        qdq = squant(qdq, known)
     return qdq, record
 
 

@@ -41,6 +41,7 @@ class BuildOptions:
         attention: Also quantize products of two computed matrices. TensorRT has fused kernels for attention in float16, and the
             softmax loses much in signed 8 bits, so they stay in float by default.
         weight_method: How weight scales are found: ``minmax`` or ``mse``.
+        rounding: How weights are rounded: to ``nearest``, or by ``squant`` (:mod:`zsq_deploy.quant.algebra.squant`).
         exact_scales: Settle scales and biases so that float32, float64 and integer arithmetic agree (:mod:`zsq_deploy.quant.settle`).
         bias_correction: Shift biases by the mean error that quantization causes, where that helps on the calibration images.
         biases: Corrected biases: name of a bias initializer, or of the layer -> float array.
@@ -57,6 +58,7 @@ class BuildOptions:
     exclude: tuple[str, ...] = ()
     attention: bool = False
     weight_method: str = "minmax"
+    rounding: str = "nearest"
     exact_scales: bool = False
     bias_correction: bool = False
     biases: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class BuildOptions:
             "exclude": list(self.exclude),
             "attention": self.attention,
             "weight_method": self.weight_method,
+            "rounding": self.rounding,
             "exact_scales": self.exact_scales,
             "bias_correction": self.bias_correction,
             "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
@@ -173,11 +176,18 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             where="--float-type",
             remedy="leave --float-type out, and build with HALF=1 on the device",
         )
+    if settings.rounding != "nearest" and (implicit or settings.weight_only):
+        raise UsageError(
+            "TensorRT rounds the weights itself" if implicit else "weights in blocks are rounded to nearest",
+            where="--rounding",
+            remedy="leave it out, or ask for --quantizer qdq with --bits w8a8",
+        )
     name = "implicit" if implicit else "qdq"
     return BuildOptions(
         op_types=settings.op_types,
         exclude=settings.exclude,
         weight_method=settings.weight_method,
+        rounding=settings.rounding,
         exact_scales=settings.exact_scales and not implicit,
         bias_correction=bool(getattr(settings, "bias_correction", False)) and not settings.weight_only,
         bits=settings.bits,

@@ -29,6 +29,7 @@ from zsq_deploy.errors import EngineError, UsageError
 from zsq_deploy.model.constants import own_constants, replace_constants
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph, attributes
+from zsq_deploy.quant.algebra.squant import squant
 from zsq_deploy.quant.bias import apply_biases
 from zsq_deploy.quant.fakequant import weight_qparams
 from zsq_deploy.quant.qdq import TRANSPARENT, PlacementRules, insert_qdq, raise_opset
@@ -124,10 +125,16 @@ def place_qdq(graph: Graph, ranges: Ranges, target: Target, options: BuildOption
         weight_scales=options.weight_scales,
     )
     if not options.exact_scales:
-        return Placed(written, nodes, skipped)
+        return Placed(_flipped(written, graph, options), nodes, skipped)
     floats = _weights_of(graph)
     settled = settle(written, activation=target.activation, weight=target.weight, float_weights=floats)
-    return Placed(settled.graph, nodes, skipped, settled.coarser, settled.inexact, settled.notes)
+    final = _flipped(settled.graph, graph, options)
+    return Placed(final, nodes, skipped, settled.coarser, settled.inexact, settled.notes)
+
+
+def _flipped(qdq: Graph, graph: Graph, options: BuildOptions) -> Graph:
+    """The Q/DQ graph with the weights rounded as the options say, on its final scales."""
+    return squant(qdq, graph) if options.rounding == "squant" else qdq
 
 
 def _weights_of(graph: Graph) -> dict[str, Array]:

@@ -38,6 +38,8 @@ class Model:
         source: As the user said it.
         dynamic_batch: Whether it takes any batch size.
         notes: What a user should know about how it was read, one sentence each.
+        origin: Digest of the network that this one was made from by changing numbers but not the function (equalized weights); empty
+            if it is as it was read. Images that were made for that network fit this one too.
     """
 
     graph: Graph
@@ -46,6 +48,7 @@ class Model:
     source: str = ""
     dynamic_batch: bool = True
     notes: tuple[str, ...] = ()
+    origin: str = ""
 
     @property
     def digest(self) -> str:

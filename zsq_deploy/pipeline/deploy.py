@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from zsq_deploy.pipeline.engines import Built, build_engine, settings_of
 from zsq_deploy.pipeline.quality import quality_of
 from zsq_deploy.pipeline.verification import Evidence, verify_engine
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.algebra import equalized_model
 from zsq_deploy.recipe import Recipe
 from zsq_deploy.report.build import environment_section, finish
 from zsq_deploy.report.html import write as write_html
@@ -73,10 +74,10 @@ def owned(recipe: Recipe) -> tuple[str, ...]:
 
 
 def load_recipe_model(recipe: Recipe) -> Model:
-    """The network that a recipe names, with its preprocessing."""
+    """The network that a recipe names, with its preprocessing, and with equalized weights if the recipe asks for them."""
     spec = recipe.model
     shape = spec.input_shape
-    return load_model(
+    model = load_model(
         spec.source,
         path=Path(spec.path) if spec.path else None,
         weights=Path(spec.weights) if spec.weights else None,
@@ -87,6 +88,11 @@ def load_recipe_model(recipe: Recipe) -> Model:
             raw_pixels=spec.raw_pixels,
         ),
     )
+    if not recipe.quantization.equalize:
+        return model
+    # Powers of two: the float network that everything is compared with stays the same to the last bit.
+    changed, notes = equalized_model(model, powers_of_two=True)
+    return replace(changed, notes=(*model.notes, *notes))
 
 
 def gates_of(recipe: Recipe) -> Gates:

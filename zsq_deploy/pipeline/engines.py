@@ -60,6 +60,7 @@ def settings_of(recipe: Recipe) -> EngineSettings:
         quantizer=spec.quantizer,
         op_types=tuple(spec.op_types) if spec.op_types else None,
         exclude=tuple(spec.exclude or ()),
+        rounding=spec.rounding,
         exact_scales=spec.exact_scales,
         float_type=spec.float_type,
         compress_weights=spec.compress_weights,
