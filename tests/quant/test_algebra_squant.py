@@ -180,7 +180,13 @@ def test_a_channel_mean_is_kept():
     b = Builder()
     w = b.constant(rng.normal(0, 1, (8, 3, 5, 5)).astype(np.float32))
     graph = b.graph([b.node("Conv", "image", w)])
-    qdq = insert_qdq(graph, {"image": (-1.0, 1.0), graph.outputs[0].name: (-9.0, 9.0)}, activation=U8, weight=SCHEMES[0][0], quantize_outputs=False)
+    qdq = insert_qdq(
+        graph,
+        {"image": (-1.0, 1.0), graph.outputs[0].name: (-9.0, 9.0)},
+        activation=U8,
+        weight=SCHEMES[0][0],
+        quantize_outputs=False,
+    )
     floats = graph.constant(w).astype(np.float64)
     errors = []
     for q in (qdq, squant(qdq, graph)):

@@ -22,6 +22,7 @@ from zsq_deploy.model.graph import Graph
 from zsq_deploy.model.model import Model
 from zsq_deploy.quant.algebra.absorb import absorb
 from zsq_deploy.quant.algebra.equalize import clips_to_relu, equalize
+from zsq_deploy.quant.algebra.squant import squant
 from zsq_deploy.quant.analytic import analytic_ranges
 from zsq_deploy.quant.bias import apply_biases, correct_bias_analytically
 from zsq_deploy.quant.qdq import PlacementRules, insert_qdq
@@ -63,7 +64,7 @@ def equalized_model(
     clips: Clips = "keep",
     absorb_biases: bool = False,
     sigmas: float = 6.0,
-    spread: float = 1.0,
+    spread: float = 2.0,
     powers_of_two: bool = False,
 ) -> tuple[Model, tuple[str, ...]]:
     """The network with equalized weights, and notes on what was done.
@@ -100,7 +101,7 @@ def equalized_model(
         absorbed = absorb(graph)
         graph = absorbed.graph
         notes.append(f"biases of {len(absorbed.shifts)} layers absorbed")
-    return replace(model, graph=graph), tuple(notes)
+    return replace(model, graph=graph, origin=model.origin or model.digest), tuple(notes)
 
 
 def _reach(model: Model, sigmas: float) -> dict[str, tuple[Vector, Vector]]:
@@ -121,8 +122,9 @@ def dfq(
     clips: Clips = "relu",
     absorb_biases: bool = True,
     correct_biases: bool = True,
+    rounding: Literal["nearest", "squant"] = "nearest",
     sigmas: float = 6.0,
-    spread: float = 1.0,
+    spread: float = 2.0,
 ) -> Dfq:
     """Quantize a network with its parameters alone.
 
@@ -132,7 +134,8 @@ def dfq(
         weight: Scheme of weights; by default 8 bits, asymmetric, per tensor, as in the paper.
         clips: See :data:`Clips`.
         absorb_biases: Absorb biases.
-        correct_biases: Correct biases.
+        correct_biases: Correct biases, for the weights as they were rounded.
+        rounding: ``nearest`` as in the paper, or ``squant``.
         sigmas: Standard deviations that activations reach.
         spread: See :func:`~zsq_deploy.quant.algebra.equalize.equalize`.
     """
@@ -143,9 +146,14 @@ def dfq(
     folded = equalized.folded().graph
     # What only a Min or Relu reads is not rounded in between.
     rules = PlacementRules(round_outputs="read") if clips == "cap" else PlacementRules()
-    qdq = insert_qdq(folded, ranges, activation=activation, weight=weight, rules=rules)
+
+    def quantized(graph: Graph) -> Graph:
+        written = insert_qdq(graph, ranges, activation=activation, weight=weight, rules=rules)
+        return squant(written, folded) if rounding == "squant" else written
+
+    qdq = quantized(folded)
     biases: Mapping[str, Array] = {}
     if correct_biases:
         biases = correct_bias_analytically(equalized, qdq)
-        qdq = insert_qdq(apply_biases(folded, biases), ranges, activation=activation, weight=weight, rules=rules)
+        qdq = quantized(apply_biases(folded, biases))
     return Dfq(equalized, ranges, biases, qdq, (*notes, *ranges.notes))

@@ -9,8 +9,8 @@ Ranges are those of the deployed weights, with batch normalization folded; where
 statistics stay those of its input, and images synthesized from them stay valid.
 
 Deviations from the paper: channels of a concatenation and of a layer with several readers are scaled too (``r2`` is the largest range of all
-readers); dead channels (no weight on either side) are left alone, and where it is known how far channels reach, none may take the range
-of the whole activation; with a Clip behind the layer nothing is scaled unless the caller says how (the paper replaces ReLU6 by Relu,
+readers); dead channels (no weight on either side) are left alone, factors stay within 1e-4 .. 1e4, and where it is known how far channels reach,
+none may take the range of the whole activation; with a Clip behind the layer nothing is scaled unless the caller says how (the paper replaces ReLU6 by Relu,
 :func:`clips_to_relu`, which ruins networks whose activations use the bound).
 """
 
@@ -141,8 +141,8 @@ def equalize(
     *,
     clips: Literal["keep", "within", "cap"] = "keep",
     reach: Mapping[str, tuple[Vector, Vector]] | None = None,
-    spread: float = 1.0,
-    limit: float = 1e8,
+    spread: float = 2.0,
+    limit: float = 1e4,
     tolerance: float = 1e-3,
     sweeps: int = 100,
     powers_of_two: bool = False,
@@ -159,7 +159,7 @@ def equalize(
         spread: Where the reach is known, no channel is scaled to more than this many times the reach of the median channel: equal weights are
             bought with the precision of the activations, and a channel that hardly varies could take their whole range. Downwards counts
             too, although Relu cuts it off: a dead channel's bias could leave the range of int32.
-        limit: Largest factor, and its inverse the smallest (the paper's 1e8).
+        limit: Largest factor, and its inverse the smallest.
         tolerance: Stop when no factor of a pass is further from 1 than this, in log2.
         sweeps: Largest number of passes.
         powers_of_two: Round the factors to powers of two: the function then stays the same to the last bit, and ranges become equal up
@@ -196,9 +196,10 @@ def equalize(
                 continue
             first, second = weights.ranges(site)
             known = reach.get(site.layer)
-            # A channel that nothing varies may give way to its readers as far as the activation allows; where that is unknown, it stays.
-            moves = both if known is None else reads
-            wanted = np.where(moves, np.sqrt(second / np.maximum(first, 1e-30)), 1.0)
+            # A channel that is not read may always shrink; one that nothing varies may grow only where its reach is known.
+            moves = makes | reads if known is not None else makes
+            least1, least2 = DEAD * first.max(), DEAD * second.max()
+            wanted = np.where(moves, np.sqrt(np.maximum(second, least2) / np.maximum(first, least1)), 1.0)
             total = totals[site.layer] * np.clip(wanted, 1.0 / limit, limit)
             if not (site.clips and clips == "within"):
                 total = np.where(moves, total / np.exp(np.log(total[both]).mean()), 1.0)
