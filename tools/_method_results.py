@@ -164,7 +164,12 @@ def _measured(lines: Sequence[Line]) -> Measured:
 
 
 def to_evidence(
-    lines: Iterable[Line], protocols: Mapping[str, str], file: Path, *, leave_out: Sequence[str] = ()
+    lines: Iterable[Line],
+    protocols: Mapping[str, str],
+    file: Path,
+    *,
+    leave_out: Sequence[str] = (),
+    times: bool = True,
 ) -> int:
     """Write the results into the table that ``--method auto`` reads; rows of other networks, methods and protocols stay.
 
@@ -173,6 +178,7 @@ def to_evidence(
         protocols: The name of each protocol in the results, and the one it gets in the table.
         file: The table.
         leave_out: Methods that are no choice (``real``).
+        times: Take the times over; not those of a machine that was busy with other things.
 
     Returns:
         Number of rows written.
@@ -202,7 +208,7 @@ def to_evidence(
             method=method,
             protocol=name,
             images=sets[0]["images"],
-            seconds=round(statistics.fmean(line["seconds"] for line in sets), 2),
+            seconds=round(statistics.fmean(line["seconds"] for line in sets), 2) if times else None,
             parameters=sets[0]["parameters"],
             results=results,
             quality={key: round(value, 4) for key, value in quality.items() if value is not None},

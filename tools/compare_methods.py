@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NETWORK:NAME=PATH", help="a set of another tool")
     parser.add_argument("--markdown", action="store_true", help="print the table of --out and stop")
     parser.add_argument("--evidence", type=Path, help="write the results of --out into this table and stop")
+    parser.add_argument(
+        "--no-times", action="store_true", help="with --evidence: the machine was busy, leave times out"
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.networks if name not in NETWORKS]
     unknown += [name for name in options.methods if name not in (*DRAWN, "real")]
@@ -90,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.evidence:
         names = {line["protocol"]: line["protocol"] for line in results.lines.values()}
         others = [name for name in {line["method"] for line in results.lines.values()} if name not in METHODS]
-        written = to_evidence(results.lines.values(), names, options.evidence, leave_out=["real", *others])
+        kept = {"leave_out": ["real", *others], "times": not options.no_times}
+        written = to_evidence(results.lines.values(), names, options.evidence, **kept)
         print(f"{written} rows written to {options.evidence}")
         return 0
     if not options.markdown:
@@ -207,9 +211,9 @@ class Comparison:
     def describe(self, images: CalibrationSet, scored: EvalData) -> Line:
         """Time and quality of a set; its ranges against real images that it does not hold."""
         manifest = images.manifest
-        outcome = manifest.parameters.get("outcome", {})
-        steps, batches = _numbers(outcome.get("steps")), _numbers(outcome.get("batches"))
-        work = sum(a * b for a, b in zip(steps, batches, strict=False))
+        stages = [manifest.parameters, *manifest.parameters.get("earlier_stages", [])]
+        outcomes = [stage["outcome"] for stage in stages if "outcome" in stage]
+        work = sum(steps * size for one in outcomes for steps, size in zip(one["steps"], one["batches"], strict=True))
         seconds = float(manifest.seconds or 0.0)
         defaults = METHODS[manifest.method].defaults if manifest.method in METHODS else {}
         given = manifest.parameters
@@ -263,13 +267,6 @@ class Comparison:
         if data.digest not in self.float_answers:
             self.float_answers[data.digest] = _answers(self.model.twin(), self.model, data)
         return self.float_answers[data.digest]
-
-
-def _numbers(value: Any) -> list[float]:
-    """A flat list of numbers, of whatever nesting the stages of a method gave."""
-    if isinstance(value, list | tuple):
-        return [number for each in value for number in _numbers(each)]
-    return [float(value)] if isinstance(value, int | float) else []
 
 
 def _answers(twin: Twin, model: Model, data: EvalData) -> np.ndarray:
