@@ -123,7 +123,7 @@ class Run:
                 f"method {self.method!r} asks the network to see classes, and this network gives no class scores "
                 f"(outputs: {', '.join(f'{spec.name} {list(spec.shape)}' for spec in self.model.outputs)})",
                 where=self.model.name,
-                remedy="use a method without labels: zeroq, genie",
+                remedy="use a method without labels: zeroq, genie, dgh",
             )
         return labels
 

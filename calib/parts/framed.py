@@ -50,8 +50,12 @@ class SmoothedWindow:
         return {"window": torch.cat([corner, size]).expand(shape[0], 4)}
 
     def apply(self, images: Tensor, plan: Plan) -> Tensor:
-        """The window."""
+        """The window; of images without a margin (a rehearsal shows such) all there is."""
         top, left, height, width = (int(value) for value in plan["window"][0])
+        top, left = (
+            max(0, min(at, size - part))
+            for at, size, part in zip((top, left), images.shape[2:], (height, width), strict=True)
+        )
         return smoothed(images, self.sigma)[:, :, top : top + height, left : left + width]
 
 

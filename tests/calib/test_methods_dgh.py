@@ -146,6 +146,7 @@ def test_smoothing_is_a_gaussian_and_windows_are_cut_out() -> None:
         corners.add((top, left))
         assert (height, width) == (7, 6)
         torch.testing.assert_close(window.apply(x, plan), smoothed(x, 1.25)[:, :, top : top + 7, left : left + 6])
+        assert window.apply(x[:, :, :7, :6], plan).shape == (2, 3, 7, 6)
     assert corners == {(a, b) for a in range(3) for b in range(3)}
     assert torch.autograd.gradcheck(lambda y: window.apply(y, plan), x.requires_grad_())
 
