@@ -19,7 +19,9 @@ Deliberate deviations:
 * the shallow half is that of this project's layer weights (floor of half of the layers; the release counts one layer less);
 * the filter is applied once, to the finished images, while the release filters what it reads for fine-tuning: the same pixels. D0 counts periods per
   image, so at 32 x 32 pixels D0 80 does next to nothing: lower it there (`cutoff`; 0: no filter);
-* `steps` and `centre_steps` are 300, and step sizes fall after 30 steps without progress;
+* `steps` and `centre_steps` are 300, step sizes fall after 30 steps without progress, and that of the images starts at 0.1, as :mod:`.hast` does here, and like
+  there images are not cropped (`crop=0.5`: as ImageNet's are);
+* `relative=True` measures gaps in units of each layer's spread, for networks that take 0..255, where the published squares drown the label;
 * pixels are clipped to valid values after each step (``clip``), and once more behind the filter;
 * perturbation, Grad-CAM alignment and the soft-label gate belong to fine-tuning and are not here.
 """
@@ -27,6 +29,7 @@ Deliberate deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -50,15 +53,16 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "centre_rate": 0.5,
         "centre_label_weight": 5.0,
         "steps": 300,
-        "rate": 0.5,
+        "rate": 0.1,
         "patience": 30,
         "batch_size": 128,
         "bn_weight": 0.4,
         "label_weight": 0.1,
         "focus": 0.5,
         "centre_weight": 0.02,
-        "crop": 0.5,
+        "crop": 0.0,
         "crop_area": 0.4,
+        "relative": False,
         "cutoff": 80.0,
         "clip": True,
     }
@@ -84,9 +88,9 @@ def recipe(parameters: Mapping[str, Any]) -> tuple[Recipe, ...]:
     def filtered(start: Start) -> FilteredPixels:
         return FilteredPixels(start, parameters["cutoff"])
 
-    patience = parameters["patience"]
+    patience, relative = parameters["patience"], parameters["relative"]
     centres = Recipe(
-        loss=CENTRE_LOSS,
+        loss=replace(CENTRE_LOSS, relative=relative),
         terms=(CrossEntropy(parameters["centre_label_weight"]),),
         parametrise=lambda start: ClassPixels(start, parameters["centres"]),
         groups={"images": Group(parameters["centre_rate"], schedule=Plateau(patience, 0.1, 0.05))},
@@ -96,11 +100,11 @@ def recipe(parameters: Mapping[str, Any]) -> tuple[Recipe, ...]:
         images=one_each(parameters["centres"]),
     )
     images = Recipe(
-        loss=LOSS,
+        loss=replace(LOSS, relative=relative),
         loss_weight=parameters["bn_weight"],
         terms=(
             CrossEntropy(parameters["label_weight"], parameters["focus"]),
-            CentreStatistics(parameters["centre_weight"], per_image=True),
+            CentreStatistics(parameters["centre_weight"], per_image=True, relative=relative),
         ),
         augment=(RandomResizedCrop((parameters["crop_area"], 1.0), share=parameters["crop"]),),
         targets=uniform,

@@ -170,3 +170,18 @@ def test_a_network_with_one_batch_size(classifier: Callable[..., Model]) -> None
     made = checks.made(classifier(batch=2), "texq", 5, batch_size=None, parameters=QUICK)
     assert len(made) == 5
     assert made.manifest.parameters["earlier_stages"][1]["outcome"]["batches"] == [2]
+
+
+@pytest.mark.parametrize("method", ["texq", "synq"])
+def test_gaps_in_units_of_the_spread(classifier: Callable[..., Model], method: str) -> None:
+    """A network that takes 0..255 then weighs its layers much like one whose input is normalised."""
+    from zsq_deploy.model import Preprocess
+
+    quick = {**QUICK, "relative": True} if method == "texq" else {"centre_steps": 2, "steps": 2, "relative": True}
+    found = []
+    for preprocess in (Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), Preprocess(raw_pixels=True)):
+        first, _ = checks.losses(classifier(preprocess), method, quick, 0)
+        found.append(first["mean"] + first["spread"])
+    assert found[1] < 20 * found[0]
+    absolute, _ = checks.losses(classifier(Preprocess(raw_pixels=True)), method, {**quick, "relative": False}, 0)
+    assert absolute["mean"] + absolute["spread"] > 1e3 * found[1]

@@ -43,18 +43,20 @@ class CentreStatistics:
         weight: Its weight.
         layers: Name of a rule in :data:`~zsq_deploy.calib.parts.bn_loss.LAYER_WEIGHTS`; the deeper half alone in SynQ's released code.
         per_image: Divide by the number of images, as that code does.
+        relative: In units of each layer's spread, see :class:`~zsq_deploy.calib.parts.bn_loss.BNLoss`.
     """
 
     weight: float = 1.0
     layers: str = "shallow_0_deep_1"
     per_image: bool = False
+    relative: bool = False
     name: str = "centres"
     separable: bool = False
     needs_labels: bool = False
 
     def bind(self, context: Context) -> BoundTerm:
         """The term with the prepared targets."""
-        loss = BNLoss(moment="var", norm="mse", reduce="mean", layer_weight=self.layers)
+        loss = BNLoss(moment="var", norm="mse", reduce="mean", layer_weight=self.layers, relative=self.relative)
         layers = []
         for index, layer in enumerate(context.network.layers):
             mean, var = (value.double().cpu().numpy() for value in targets_of(context.prepared, index))
