@@ -28,7 +28,8 @@ class Agreement:
     Attributes:
         images: Number of images.
         top1: Share of the images with the same largest score; ``None`` unless the only output is ``[images, classes]``.
-        sqnr_db: Signal to quantization noise of the outputs together; 320 when nothing differs.
+        sqnr_db: Signal to quantization noise of the outputs together; 320 when nothing differs, -320 when the quantized network gives
+            what is no number. An output whose shape depends on its values (boxes that survive) and differs counts as noise altogether.
     """
 
     images: int
@@ -56,11 +57,17 @@ def agreement(
         images += count
         for name, reference in wanted.items():
             a, b = np.asarray(reference, np.float64), np.asarray(got[name], np.float64)
-            signal += float(np.square(a).sum())
-            noise += float(np.square(b - a).sum())
+            power = float(np.square(a).sum())
+            signal += power
+            noise += float(np.square(b - a).sum()) if a.shape == b.shape else power
         first = np.asarray(next(iter(wanted.values())))
         classifies = classifies and len(wanted) == 1 and first.ndim == 2 and first.shape[1] > 1 and len(first) == count
         if classifies:
             same += int((first.argmax(1) == np.asarray(got[next(iter(wanted))]).argmax(1)).sum())
-    decibel = _LIMIT if noise == 0.0 else 10.0 * math.log10(max(signal, 1e-300) / noise)
+    if noise == 0.0:
+        decibel = _LIMIT
+    elif math.isfinite(noise) and math.isfinite(signal):
+        decibel = 10.0 * math.log10(max(signal, 1e-300) / noise)
+    else:
+        decibel = -_LIMIT
     return Agreement(images, same / images if classifies and images else None, max(-_LIMIT, min(_LIMIT, decibel)))

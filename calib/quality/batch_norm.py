@@ -79,6 +79,7 @@ class BatchNormDistance:
 def _layer(name: str, found: Moments, mean: npt.NDArray[Any], var: npt.NDArray[Any], eps: float) -> LayerDistance:
     mu, s2 = mean.astype(np.float64), var.astype(np.float64)
     m, v = found.mean, found.var
+    eps = max(eps, 1e-30)  # some exporters write none, and a dead channel has no variance
     stored = s2 + eps
     gap, spread = np.square(m - mu) / stored, np.square(np.sqrt(v) - np.sqrt(s2)) / stored
     kl = 0.5 * (np.log(stored / (v + eps)) + (v + eps) / stored + gap - 1.0)

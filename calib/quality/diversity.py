@@ -166,7 +166,7 @@ class DiversityBuilder:
             classes=len(self._votes),
             classes_seen=int((self._votes > 0).sum()),
             effective_classes=_entropy_number(self._votes / n),
-            confidence=self._confidence / n,
+            confidence=min(1.0, self._confidence / n),  # a softmax in float32 may give a little more than one
         )
 
 

@@ -178,7 +178,7 @@ def measure_quality(
         device: Where to compute.
         progress: Where to report.
     """
-    micro_batch = 16 if model.dynamic_batch else int(model.inputs[0].shape[0] or 1)
+    micro_batch = 16 if model.dynamic_batch else 1
     graph, notes = model.folded().graph, list[str]()
     judged, whole = images, held_out is not None
     if held_out is None:

@@ -311,6 +311,17 @@ def test_agreement_with_float():
     assert found.sqnr_db == pytest.approx(10 * np.log10(np.square(out).sum() / np.square(noise).sum()), abs=1e-3)
 
 
+def test_outputs_that_cannot_be_compared_do_not_stop_the_comparison():
+    ones = np.ones((3, 4))
+    boxes = agreement(lambda _: {"boxes": ones, "n": ones}, lambda _: {"boxes": ones[:2], "n": ones}, [{"x": draw(3)}])
+    assert boxes.top1 is None
+    assert boxes.sqnr_db == pytest.approx(10 * np.log10(24 / 12))
+    broken = agreement(lambda _: {"out": ones}, lambda _: {"out": ones * np.nan}, [{"x": draw(3)}])
+    assert broken.sqnr_db == -320.0
+    silent = agreement(lambda _: {"out": ones * 0}, lambda _: {"out": ones}, [{"x": draw(3)}])
+    assert silent.sqnr_db == -320.0
+
+
 # -- together --
 
 
