@@ -63,7 +63,7 @@ class BNLoss:
             ``hinge`` (``l2sq`` of what exceeds a slack).
         divide_by: What ``l2sq`` and ``hinge`` sums are divided by: nothing, the number of images, or the number of channels.
         eps: Added under both roots when standard deviations are compared; ``None``: the layer's own epsilon under the stored one
-            and 1e-12 under the observed one.
+            and 1e-12 under the observed one (for ``kl``, the layer's own on both variances).
         layer_weight: Name of a rule in :data:`LAYER_WEIGHTS`.
         reduce: Sum or mean over layers.
         input_prior: Add the same distance for the network's input, against the statistics of natural images.
@@ -297,9 +297,9 @@ class BNMatcher:
                 group = _Group(self.loss, members, len(self.layers), form)
                 second = np.sqrt(group.var + group.eps) if self.loss.moment == "std" else group.var
                 tensors = {"mean": self._tensor(group.mean), "second": self._tensor(second)}
-                tensors["eps"] = self._tensor(
-                    group.eps if self.loss.eps is not None else np.full_like(group.eps, 1e-12)
-                )
+                # A channel that is constant in training and here is as stored: the divergence is zero with one epsilon on both.
+                same = self.loss.eps is not None or self.loss.norm == "kl"
+                tensors["eps"] = self._tensor(group.eps if same else np.full_like(group.eps, 1e-12))
                 tensors["var"] = self._tensor(group.var + group.eps)
                 if self.loss.relative:
                     level = _level(group.var, group.sizes)

@@ -72,7 +72,7 @@ def reference(
             "shallow_0.2_deep_1.1": 0.2 if index < count // 2 else 1.1,
         }[loss.layer_weight]
         if loss.norm == "kl":
-            stored, seen = layer.var + eps_stored, var + eps_seen
+            stored, seen = layer.var + eps_stored, var + eps_stored
             value = np.mean(0.5 * (np.log(stored / seen) + (seen + (mean - layer.mean) ** 2) / stored - 1))
         else:
             if loss.moment == "std":
