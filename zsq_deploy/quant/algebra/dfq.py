@@ -64,7 +64,7 @@ def equalized_model(
     clips: Clips = "keep",
     absorb_biases: bool = False,
     sigmas: float = 6.0,
-    spread: float = 2.0,
+    spread: float = 1.0,
     powers_of_two: bool = False,
 ) -> tuple[Model, tuple[str, ...]]:
     """The network with equalized weights, and notes on what was done.
@@ -124,7 +124,7 @@ def dfq(
     correct_biases: bool = True,
     rounding: Literal["nearest", "squant"] = "nearest",
     sigmas: float = 6.0,
-    spread: float = 2.0,
+    spread: float = 1.0,
 ) -> Dfq:
     """Quantize a network with its parameters alone.
 

@@ -141,7 +141,7 @@ def equalize(
     *,
     clips: Literal["keep", "within", "cap"] = "keep",
     reach: Mapping[str, tuple[Vector, Vector]] | None = None,
-    spread: float = 2.0,
+    spread: float = 1.0,
     limit: float = 1e4,
     tolerance: float = 1e-3,
     sweeps: int = 100,
