@@ -154,7 +154,7 @@ def find_features(graph: Graph, labels: LabelSpace) -> str:
     while (node := graph.producer(at)) is not None:
         if node.op_type in _WEIGHTS:
             weights = [index for index, name in enumerate(node.input[:2]) if graph.constant(name) is not None]
-            return node.input[1] if weights == [0] else node.input[0]
+            return str(node.input[1] if weights == [0] else node.input[0])
         if node.op_type not in _BEHIND_WEIGHTS:
             break
         data = [name for name in node.input if name and graph.constant(name) is None]
