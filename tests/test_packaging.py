@@ -159,8 +159,10 @@ ARROWS = {
     "zsq_deploy.report": ("zsq_deploy.model", "zsq_deploy.quant", "zsq_deploy.verify", "zsq_deploy.docs"),
     "zsq_deploy.backends": ("zsq_deploy.model", "zsq_deploy.quant"),
     "zsq_deploy.demo": (),
+    "zsq_deploy.device": (),
     "zsq_deploy.pipeline": (
-        "zsq_deploy.backends", "zsq_deploy.calib", "zsq_deploy.demo", "zsq_deploy.evaldata", "zsq_deploy.model",
+        "zsq_deploy.backends", "zsq_deploy.calib", "zsq_deploy.demo", "zsq_deploy.device", "zsq_deploy.evaldata",
+        "zsq_deploy.model",
         "zsq_deploy.quant", "zsq_deploy.recipe", "zsq_deploy.report", "zsq_deploy.verify",
     ),
     "zsq_deploy.doctor": ("zsq_deploy.backends", "zsq_deploy.verify"),
