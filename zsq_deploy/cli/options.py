@@ -185,23 +185,6 @@ EqualizeOpt = Annotated[
         rich_help_panel=_QUANTIZE,
     ),
 ]
-RoundingOpt = Annotated[
-    str,
-    typer.Option(
-        "--rounding",
-        metavar="NAME",
-        help="How weights are rounded: nearest, or squant: so that errors cancel in each output channel.",
-        rich_help_panel=_QUANTIZE,
-    ),
-]
-EqualizeOpt = Annotated[
-    bool,
-    typer.Option(
-        "--equalize",
-        help="Equalize the weight ranges of neighbouring layers; the float network stays the same.",
-        rich_help_panel=_QUANTIZE,
-    ),
-]
 ExactOpt = Annotated[
     bool,
     typer.Option(
