@@ -20,6 +20,8 @@ Deliberate deviations:
 * centres need images of a class from earlier batches. The release makes 20 batches; small sets have one or two, so `batch_size` is 64;
 * the release sums weights 1 for all parts, and so does this by default (`label_weight`, `margin_weight`);
 * `relative=True` measures gaps in units of each layer's spread, for networks that take 0..255, where the published squares of the first layer drown the label;
+* not changed, but good to know: a squared probability has hardly a slope where the probability is near 0, so with many classes labels come late (on a
+  MobileNet with 1,000 classes none of 8 after 60 steps, where HAST's cross entropy reached all);
 * pixels are clipped to valid values after each step (``clip``); the release does not clip.
 """
 
