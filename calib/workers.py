@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import pickle
 import queue
 import signal
 from collections.abc import Mapping, Sequence
@@ -69,7 +68,7 @@ def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: T
     for index in indices:
         todo.put(index)
     count = min(run.workers, len(indices))
-    packed = pickle.dumps(_packed(run))
+    packed = _packed(run)
     workers = [
         context.Process(target=_work, args=(packed, stage.number, number, todo, messages, stop), daemon=True)
         for number in range(count)
@@ -120,11 +119,10 @@ def _packed(run: Run) -> Run:
     return replace(run, parameters=dict(run.parameters), progress=SILENT, notes=[], resume=True)
 
 
-def _work(packed: bytes, number: int, worker: int, todo: Any, messages: Any, stop: Any) -> None:
+def _work(run: Run, number: int, worker: int, todo: Any, messages: Any, stop: Any) -> None:
     """What a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent passes it on
     try:
-        run: Run = pickle.loads(packed)  # noqa: S301 - our own parent made it
         torch.set_num_threads(run.threads)
         device = run.device
         if str(device) == "cuda" and torch.cuda.device_count() > 1:  # no number: take turns
