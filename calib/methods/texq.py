@@ -20,7 +20,8 @@ Deliberate deviations:
 * the generator conditions by product up to 100 classes and by batch norms beyond, as GDFQ does for CIFAR and ImageNet; from 64 pixels on it starts
   from at most 16 x 16 and doubles more often;
 * `centre_steps` is 300 and `generator_steps` 800 with the step size falling after a half and three quarters: a CPU's patience. The published 80,000 steps of 16 to
-  200 images are the reason why generator methods take GPU hours;
+  200 images are the reason why generator methods take GPU hours, and so few steps do not teach a generator classes: after 300 steps of 32 images (step size 0.004)
+  on a CIFAR ResNet-20 the loss is down from 27 to 5.0, of which classes still make 3.6, and 8 of 20 drawn images are of theirs (a label weight of 10: 3 of 20);
 * `relative=True` measures gaps in units of each layer's spread, for networks that take 0..255, where the published squares drown the label;
 * mixup while distilling is no synthesis and is not here.
 """
