@@ -1,7 +1,7 @@
 """Accuracy of the data-free weight algebra, network by network: the tables of docs/data-free-algebra.md.
 
 No image of anybody's reaches a network before it is scored: ranges come from batch normalization, or from fractal pictures where a
-network has none. Nothing is chosen by what is scored.
+network has none. (What the rows are was not chosen blindly; the page says where real images were looked at.)
 
     python tools/compare_algebra.py --assets ../shared/assets --out algebra.json
     python tools/compare_algebra.py --out algebra.json --markdown

@@ -18,7 +18,7 @@ Deliberate deviations:
 
 * one set of values at any size, ImageNet's except for the ones below and the step size 0.1;
 * gaps are measured in units of each layer's spread (``relative``), because the published norms grow with the network's activations: one r reaches the classes on one
-  network and drowns them on another (r 10: 56 % of the classes after 200 steps on a CIFAR ResNet-20, r 1: all; r 1: none of 8 after 60 steps on a network that takes
+  network and drowns them on another (r 10: 56 % of the classes after 200 steps on a CIFAR ResNet-20, r 1: all; r 10: none of 8 after 60 steps on a network that takes
   0..255). In these units `bn_weight` 0.1 reaches all classes within 100 steps on both and on a MobileNet at 224 x 224. `relative=False` with the r
   above is the published loss;
 * the roll is an eighth of the shorter side (30 pixels of 224 are that);
