@@ -313,15 +313,6 @@ class QuantizationSection(_Section):
         default=False,
         description="Equalize the weight ranges of layers that follow each other, by factors that leave the float network as it is.",
     )
-    rounding: Literal["nearest", "squant"] = Field(
-        default="nearest",
-        description="How weights are rounded in our Q/DQ graphs: nearest; squant: so that errors cancel in each output channel (worth it below "
-        "8 bits).",
-    )
-    equalize: bool = Field(
-        default=False,
-        description="Equalize the weight ranges of layers that follow each other, by factors that leave the float network as it is.",
-    )
     bias_correction: bool = Field(
         default=True, description="Shift biases so that every layer's mean output is that of the float network."
     )
