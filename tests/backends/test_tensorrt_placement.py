@@ -231,7 +231,7 @@ REAL = {
     "squeezenet11_imagenet": (26, 0),
     "vit_cifar10": (26, 0),
     "ultraface_rfb320": (52, 1),
-    "dncnn25": (20, 0),
+    "dncnn25": (17, 0),
 }
 """Network -> integer kernels, and sums that are expected inside of them."""
 
@@ -262,7 +262,8 @@ def test_the_transformer_of_the_assets_takes_four_bit_weights(assets: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks_are_lint_clean(name: str, assets: Path):
-    model = load_model(assets / "models" / f"{name}.onnx")
+    shape = (1, 1, 64, 64) if name == "dncnn25" else None  # its file leaves the size open
+    model = load_model(assets / "models" / f"{name}.onnx", input_shape=shape)
     graph = model.folded().graph
     x = np.random.default_rng(0).normal(0, 1, graph.inputs[0].with_batch(1)).astype(np.float32)
     names = [value for node in graph for value in node.output if graph.constant(value) is None]
