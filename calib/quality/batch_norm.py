@@ -112,7 +112,15 @@ def batch_norm_distance(
     if not layers:
         return None
     watched = list(dict.fromkeys(layer.input for layer in layers))
-    found = collect(model.graph, batches, values=watched, micro_batch=micro_batch, device=device, progress=progress)
+    found = collect(
+        model.graph,
+        batches,
+        values=watched,
+        micro_batch=micro_batch,
+        device=device,
+        progress=progress,
+        title="quality: batch-norm distance",
+    )
     rows = tuple(
         _layer(layer.node, found[layer.input].channels, layer.mean, layer.var, layer.eps)
         for layer in layers

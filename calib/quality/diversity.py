@@ -223,7 +223,7 @@ def diversity(
     twin, builder = model.twin(device=place), DiversityBuilder()
     wanted = [name for name in (feature, output.name if classifies else None) if name is not None]
     seen = 0
-    with progress.task("variety", float(total or 0)) as task, torch.no_grad():
+    with progress.task("quality: variety", float(total or 0)) as task, torch.no_grad():
         for batch in micro_batches(batches, micro_batch):
             images = len(next(iter(batch.values())))
             held = twin.run({name: torch.tensor(array, device=place) for name, array in batch.items()}, fetch=wanted)

@@ -188,15 +188,23 @@ def measure_quality(
                 f"nothing was held out: reach is that of the first {len(judged)} images, and the last {len(held_out)} are witnesses"
             )
 
-    def look(batches: Batches, total: int | None) -> Statistics:
-        return collect(graph, batches, micro_batch=micro_batch, device=device, progress=progress, total=total)
+    def look(batches: Batches, total: int | None, what: str) -> Statistics:
+        return collect(
+            graph,
+            batches,
+            micro_batch=micro_batch,
+            device=device,
+            progress=progress,
+            total=total,
+            title=f"quality: reach of {what}",
+        )
 
-    seen = statistics if statistics is not None else look(judged.batches(64), len(judged))
+    seen = statistics if statistics is not None else look(judged.batches(64), len(judged), "the images")
     structured = pictures(model, picture_count)
-    others = None if held_out is None else look(held_out.batches(64), len(held_out))
+    others = None if held_out is None else look(held_out.batches(64), len(held_out), "held-out images")
     full = seen if whole or others is None else seen.merge(others)
     if structured is not None:
-        shown = look([structured], picture_count)
+        shown = look([structured], picture_count, "structured pictures")
         others = shown if others is None else others.merge(shown)
     reach = measure_reach(model, seen, others)
     witness = held_out if held_out is not None else images
@@ -208,7 +216,7 @@ def measure_quality(
     if quantize is not None:
         quantized = quantize(seen.ranges("minmax"))
         alike = agreement(float_runner(model, device), quantized, witness.batches(64), micro_batch=micro_batch)
-    error = None if real is None else range_error(full.ranges("minmax"), look(real, None))
+    error = None if real is None else range_error(full.ranges("minmax"), look(real, None, "real images"))
     return Quality(
         len(images),
         0 if held_out is None else len(held_out),

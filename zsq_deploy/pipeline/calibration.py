@@ -341,6 +341,7 @@ def measure_ranges(
                 device=device,
                 progress=progress,
                 total=PROBES,
+                title="ranges of structured pictures",
             ).ranges("minmax")
             wider = {
                 name: (min(low, seen[name][0]), max(high, seen[name][1]))

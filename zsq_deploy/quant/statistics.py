@@ -479,6 +479,7 @@ def collect(
     progress: Progress = SILENT,
     total: int | None = None,
     set_digest: str = "",
+    title: str = "ranges",
 ) -> Statistics:
     """Run the images through the network and take the statistics of its activations, in one pass.
 
@@ -492,6 +493,7 @@ def collect(
         progress: Where to report.
         total: Number of images, if known, for the time left.
         set_digest: Digest of the calibration set, kept in the result.
+        title: What the progress is called.
 
     Raises:
         CalibrationError: No images, or activations that are not finite.
@@ -521,7 +523,7 @@ def collect(
 
     taps = {name: tap(name) for name in watched}
     seen = 0
-    with progress.task("ranges", float(total or 0)) as task, torch.no_grad():
+    with progress.task(title, float(total or 0)) as task, torch.no_grad():
         for batch in micro_batches(batches, micro_batch):
             feeds = {name: torch.tensor(array, device=place) for name, array in batch.items()}
             twin.run(feeds, fetch=(), taps=taps)
