@@ -12,17 +12,14 @@ import ctypes
 import functools
 import itertools
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from zsq_deploy.quant.loops import compile_loops
 
 if TYPE_CHECKING:
     from zsq_deploy.calib.parts.moments import Follow
@@ -371,21 +368,5 @@ def _address(tensor: Tensor | None) -> int:
 @functools.cache
 def kernels() -> Kernels | None:
     """The loops, compiled for this processor; ``None`` where there is no working C compiler or ``ZSQ_NATIVE=0``."""
-    if os.environ.get("ZSQ_NATIVE", "1") == "0":
-        return None
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="zsq-native-", ignore_cleanup_errors=True) as folder:
-        source, library = Path(folder) / "loops.c", Path(folder) / "loops.so"
-        source.write_text(_SOURCE)
-        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fPIC", "-shared"]
-        for chosen in (flags, [flag for flag in flags if not flag.startswith("-m")]):
-            command: list[Any] = [compiler, *chosen, "-o", str(library), str(source)]
-            try:
-                done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-                if done.returncode == 0:
-                    return Kernels(ctypes.CDLL(str(library)))
-            except (OSError, subprocess.SubprocessError):
-                continue
-    return None
+    library = compile_loops(_SOURCE, ("-O3", "-fno-math-errno"))
+    return None if library is None else Kernels(library)

@@ -12,16 +12,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import os
-import shutil
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from zsq_deploy.quant.loops import compile_loops
 
 if TYPE_CHECKING:
     from zsq_deploy.quant.reconstruct.quantizers import Range
@@ -159,33 +156,19 @@ def _below(share: float) -> int:
     return min(int(share * 2.0**32), 2**32 - 1)
 
 
+# No contraction: the codes have to be those that division and rounding in float32 give. Sums may be reordered.
+_FLAGS = (
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+)
+
+
 @functools.cache
 def kernels() -> Kernels | None:
     """The loops, compiled for this processor; ``None`` where there is no working C compiler or ``ZSQ_NATIVE=0``."""
-    if os.environ.get("ZSQ_NATIVE", "1") == "0":
-        return None
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="zsq-native-", ignore_cleanup_errors=True) as folder:
-        source, library = Path(folder) / "loops.c", Path(folder) / "loops.so"
-        source.write_text(_SOURCE)
-        # No contraction: the codes have to be those that division and rounding in float32 give. Sums may be reordered.
-        flags = [
-            "-O3",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-ffp-contract=off",
-            "-fassociative-math",
-            "-fno-signed-zeros",
-        ]
-        flags += ["-fPIC", "-shared"]
-        for chosen in (["-march=native", "-mprefer-vector-width=512", *flags], flags):
-            command: list[Any] = [compiler, *chosen, "-o", str(library), str(source), "-lm"]
-            try:
-                done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-                if done.returncode == 0:
-                    return Kernels(ctypes.CDLL(str(library)))
-            except (OSError, subprocess.SubprocessError):
-                continue
-    return None
+    library = compile_loops(_SOURCE, _FLAGS)
+    return None if library is None else Kernels(library)
