@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from zsq_deploy.artifact import write_json
 from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.evaldata import EvalData
 from zsq_deploy.model import Model, Preprocess
@@ -110,6 +113,22 @@ class Tally:
             "sqnr_db": 10 * float(np.log10(self.signal / max(self.noise, 1e-30))),
             "images": self.total,
         }
+
+
+def keep_row(results: dict[str, Any], out: Path, name: str, key: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Make a row of the results, keep it in the file and show it; a row that is there already is not made again."""
+    rows = results.setdefault(name, {})
+    if key in rows:
+        return
+    started = time.monotonic()
+    try:
+        row = make()
+    except Exception as error:  # a row that fails is a result too, and must not take the others with it
+        row = {"error": f"{type(error).__name__}: {error}"}
+    row["seconds"] = time.monotonic() - started
+    rows[key] = row
+    write_json(out, results)
+    print(name, key, json.dumps(row), flush=True)
 
 
 def cell(rows: list[dict[str, Any]]) -> str:

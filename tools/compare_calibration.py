@@ -14,21 +14,20 @@ Results are written after every engine; a run that was interrupted goes on where
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _comparison import NETWORKS, Network, Tally, cell, real_halves
+from _comparison import NETWORKS, Network, Tally, cell, keep_row, real_halves
 
-from zsq_deploy.artifact import read_json, write_json
+from zsq_deploy.artifact import read_json
 from zsq_deploy.backends import get_backend, get_target
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Model, load_model
@@ -69,20 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = load_eval_data(
             options.assets / "data" / network.data, model.inputs[0], resize=network.resize, limit=options.limit
         )
-        rows = results.setdefault(name, {})
         for method in options.method or METHODS:
             key = f"{method}/{options.seed}"
-            if key in rows or (method == "bn-analytic" and not model.batch_norms()):
+            if method == "bn-analytic" and not model.batch_norms():
                 continue
-            started = time.monotonic()
-            try:
-                row = score(model, network, data, method, options, settings)
-            except Exception as error:  # a row that fails is a result too, and must not take the others with it
-                row = {"error": f"{type(error).__name__}: {error}"}
-            row["seconds"] = time.monotonic() - started
-            rows[key] = row
-            write_json(options.out, results)
-            print(name, key, json.dumps(row), flush=True)
+            keep_row(results, options.out, name, key, partial(score, model, network, data, method, options, settings))
     sys.stdout.write(markdown(results))
     return 0
 

@@ -18,17 +18,17 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _comparison import NETWORKS, Network, Tally, cell, finished_sets, real_halves
+from _comparison import NETWORKS, Network, Tally, cell, finished_sets, keep_row, real_halves
 
-from zsq_deploy.artifact import read_json, write_json
+from zsq_deploy.artifact import read_json
 from zsq_deploy.backends import get_backend, get_target
 from zsq_deploy.backends.openvino.convert import convert, save
 from zsq_deploy.backends.openvino.quiet import load_nncf, quiet
@@ -76,21 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = load_eval_data(
             options.assets / "data" / network.data, model.inputs[0], resize=network.resize, limit=options.limit
         )
-        rows = results.setdefault(name, {})
         for method in options.method or IMAGES:
             for quantizer in options.quantizer or QUANTIZERS[:-1]:
                 key = f"{quantizer}{options.label}/{method}/{options.seed}"
-                if key in rows:
-                    continue
-                started = time.monotonic()
-                try:
-                    row = score(model, network, data, quantizer, method, finished, options)
-                except Exception as error:  # a row that fails is a result too, and must not take the others with it
-                    row = {"error": f"{type(error).__name__}: {error}"}
-                row["seconds"] = time.monotonic() - started
-                rows[key] = row
-                write_json(options.out, results)
-                print(name, key, json.dumps(row), flush=True)
+                keep_row(
+                    results,
+                    options.out,
+                    name,
+                    key,
+                    partial(score, model, network, data, quantizer, method, finished, options),
+                )
     sys.stdout.write(markdown(results))
     return 0
 

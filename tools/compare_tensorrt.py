@@ -15,12 +15,11 @@ of making it again. Results are written after every row; a run that was interrup
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ import onnxruntime as ort
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _comparison import NETWORKS, Network, finished_sets, real_halves
+from _comparison import NETWORKS, Network, finished_sets, keep_row, real_halves
 
-from zsq_deploy.artifact import read_json, write_json
+from zsq_deploy.artifact import read_json
 from zsq_deploy.backends import get_target
 from zsq_deploy.backends.tensorrt.lint import lint
 from zsq_deploy.backends.tensorrt.options import options_from
@@ -103,21 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = load_model(
             options.assets / "models" / network.file, preprocess=network.preprocess, input_shape=network.input_shape
         )
-        rows = results.setdefault(name, {})
         for method in options.method or IMAGES[:1]:
             for way in options.way or WAYS:
                 key = f"{way}{options.label}/{method}"
-                if key in rows:
-                    continue
-                started = time.monotonic()
-                try:
-                    row = score(model, name, network, way, method, finished, options)
-                except Exception as error:  # a row that fails is a result too, and must not take the others with it
-                    row = {"error": f"{type(error).__name__}: {error}"}
-                row["seconds"] = time.monotonic() - started
-                rows[key] = row
-                write_json(options.out, results)
-                print(name, key, json.dumps(row), flush=True)
+                keep_row(
+                    results,
+                    options.out,
+                    name,
+                    key,
+                    partial(score, model, name, network, way, method, finished, options),
+                )
     sys.stdout.write(markdown(results))
     return 0
 
