@@ -6,12 +6,16 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from zsq_deploy.artifact import read_json
 from zsq_deploy.calib.evidence import Evidence
+from zsq_deploy.model import Preprocess
+from zsq_deploy.model.graph import TensorSpec
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -74,6 +78,37 @@ def test_the_table_gives_means_and_spreads():
     assert "| fractal | 1 | 64 | 8.0 | 500 | 0.250 | 0.125 | 0.75 | -0.50 | 0.500 | 3.0 | failed | - |" in text
     assert "| genie (= fractal) | 1 |" in text
     assert "| (95.0) | - |" in text
+
+
+def test_networks_without_classes_are_scored_by_signal_to_noise_and_a_refusal_is_no_failure(tmp_path):
+    signal = {"accuracy": None, "float": None, "agreement": None, "sqnr_db": 30.0}
+    lines = [line("set"), line("w8a8", **signal), line("w4a4", "hast", error="CalibrationError: needs classes")]
+    lines += [line("set", seed=1), line("w8a8", seed=1, **{**signal, "sqnr_db": 32.0})]
+    lines.append(line("set", "hast", error="CalibrationError: needs classes"))
+    results = tool("_method_results")
+    text = results.markdown(lines, ["w8a8", "w4a4"])
+    assert "| 31.0 ± 1.4 dB | - |" in text
+    assert next(row for row in text.splitlines() if row.startswith("| hast")).count("refused") == 2
+    assert results.to_evidence(lines, {"p": "p"}, tmp_path / "e.json") == 0  # no accuracy: nothing to choose by
+
+
+def test_the_denoiser_is_scored_on_noisy_patches_as_a_camera_gives_them(tmp_path):
+    comparison = tool("_comparison")
+    clean = np.random.default_rng(3).integers(60, 190, (70, 135), dtype=np.uint8)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "gray.npz", x00=clean, x01=clean[:64, :64])
+    network = comparison.Network("n.onnx", Preprocess(), "gray.npz", labelled=False, classes=False, noise=25 / 255)
+    model = SimpleNamespace(inputs=[TensorSpec("x", (1, 1, 64, 64), np.dtype(np.float32))])
+    data = comparison.open_data(network, model, tmp_path)
+    pixels = data.images(0, 3)[..., 0]
+    assert pixels.dtype == np.uint8
+    assert len(data) == 3  # two patches of the first, whose rest is cut off, and one of the second
+    wanted = np.stack([clean[:64, :64], clean[:64, 64:128], clean[:64, :64]])
+    gone = pixels - wanted.astype(np.float64)
+    assert abs(gone.std() - 25) < 0.5
+    assert abs(gone.mean()) < 0.7  # 12,288 pixels: standard errors 0.16 and 0.23
+    assert not np.array_equal(pixels[0], pixels[2])
+    assert np.array_equal(comparison.open_data(network, model, tmp_path).images(0, 3)[..., 0], pixels)
 
 
 def test_the_evidence_replaces_what_it_measured_again(tmp_path):

@@ -7,21 +7,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from zsq_deploy.artifact import write_json
 from zsq_deploy.calib import CalibrationManifest, CalibrationSet
-from zsq_deploy.evaldata import EvalData
+from zsq_deploy.evaldata import EvalData, load_eval_data, load_images
 from zsq_deploy.model import Model, Preprocess
 
-__all__ = ["NETWORKS", "Network", "Tally", "cell", "finished_sets", "real_halves", "real_set"]
+__all__ = [
+    "NETWORKS",
+    "SIGNALS",
+    "Network",
+    "Tally",
+    "cell",
+    "finished_sets",
+    "keep_row",
+    "open_data",
+    "real_halves",
+    "real_set",
+]
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the assets, how images become its input, and what it is scored on."""
+    """A network of the assets, how images become its input, and what it is scored on.
+
+    `classes`: its first output holds one score a class; else it is scored by the signal to noise of its outputs. `noise`: standard deviation of
+    what is added to the images, in units of their brightest pixel.
+    """
 
     file: str
     preprocess: Preprocess
@@ -31,6 +47,8 @@ class Network:
     input_shape: tuple[int, ...] | None = None
     images: int = 128
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    classes: bool = True
+    noise: float = 0.0
 
 
 IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -58,6 +76,51 @@ NETWORKS = {
         "vit_cifar10.onnx", Preprocess((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar10_test.npz"
     ),
 }
+
+SIGNALS = {
+    "ultraface_rfb320": Network(
+        "ultraface_rfb320.onnx",
+        Preprocess((127 / 255,) * 3, (128 / 255,) * 3),
+        "imagenet_like_224",
+        labelled=False,
+        resize=True,
+        images=16,
+        classes=False,
+    ),
+    "dncnn25": Network(
+        "dncnn25.onnx",
+        Preprocess(),
+        "set12_gray.npz",
+        labelled=False,
+        input_shape=(1, 1, 64, 64),
+        images=16,
+        classes=False,
+        noise=25 / 255,
+    ),
+}
+"""Networks that give no classes."""
+
+
+def open_data(network: Network, model: Model, assets: Path, limit: int | None = None) -> EvalData:
+    """The images that a network is scored on, at most `limit`; labels are -1 where they may not be used.
+
+    A network that takes noisy patches gets them as a camera would give them: cut to the size that it was loaded with, noise of a fixed seed
+    added, rounded to 8 bits.
+    """
+    source = assets / "data" / network.data
+    if not network.noise:
+        return load_eval_data(source, model.inputs[0], resize=network.resize, limit=limit)
+    side, rng, patches = int(model.inputs[0].shape[-1] or 64), np.random.default_rng(0), list[np.ndarray]()
+    with np.load(source) as held:
+        for name in sorted(held.files):
+            clean = held[name].astype(np.float64)
+            dirty = np.clip(np.rint(clean + rng.normal(0, 255 * network.noise, clean.shape)), 0, 255).astype(np.uint8)
+            rows, columns = (length // side for length in dirty.shape)
+            cut = dirty[: rows * side, : columns * side].reshape(rows, side, columns, side).swapaxes(1, 2)
+            patches.extend(cut.reshape(-1, side, side))
+    with TemporaryDirectory() as scratch:
+        np.savez(file := Path(scratch) / "patches.npz", x=np.stack(patches))
+        return load_images(file, model.inputs[0], limit=limit)
 
 
 def real_set(model: Model, data: EvalData, indices: np.ndarray) -> CalibrationSet:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _comparison import NETWORKS, Network, real_halves
+from _comparison import NETWORKS, SIGNALS, Network, open_data, real_halves
 from _method_results import Line, Results, markdown, to_evidence
 
 from zsq_deploy.artifact import digest_json
@@ -40,7 +40,7 @@ from zsq_deploy.calib.evidence import kind_of
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.synthesis import synthesize
 from zsq_deploy.errors import InterruptedRunError, StaleArtifactError
-from zsq_deploy.evaldata import EvalData, load_eval_data
+from zsq_deploy.evaldata import EvalData
 from zsq_deploy.model import Graph, Model, load_model
 from zsq_deploy.model.twin import Twin
 from zsq_deploy.pipeline.quality import quality_of
@@ -49,7 +49,10 @@ from zsq_deploy.quant.qdq import insert_qdq
 from zsq_deploy.quant.reconstruct import reconstruct, round_to_nearest
 from zsq_deploy.quant.scheme import Granularity, Scheme
 
+Outputs = dict[str, np.ndarray]
+
 BITS = ("w8a8", "w4a8", "w4a4")
+EVERY = {**NETWORKS, **SIGNALS}
 DRAWN = tuple(name for name, method in METHODS.items() if method.images)
 QUANTIZERS = {
     "minmax": "min-max ranges, weights rounded to nearest per channel, all layers, nothing corrected",
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser.add_argument("--assets", type=Path, default=Path(os.environ.get("ZSQ_ASSETS", "../shared/assets")))
     parser.add_argument("--out", type=Path, default=Path("methods.jsonl"), help="results; also what is gone on with")
-    parser.add_argument("--networks", type=words, default=list(NETWORKS), help="some of: " + ", ".join(NETWORKS))
+    parser.add_argument("--networks", type=words, default=list(EVERY), help="some of: " + ", ".join(EVERY))
     parser.add_argument(
         "--methods", type=words, default=[*DRAWN, "real"], help="some of: " + ", ".join([*DRAWN, "real"])
     )
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--no-times", action="store_true", help="with --evidence: the machine was busy, leave times out"
     )
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.networks if name not in NETWORKS]
+    unknown = [name for name in options.networks if name not in EVERY]
     unknown += [name for name in options.methods if name not in (*DRAWN, "real")]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
@@ -112,15 +115,14 @@ class Comparison:
 
     def __init__(self, name: str, options: Any, results: Results) -> None:
         self.name, self.options, self.results = name, options, results
-        self.network: Network = NETWORKS[name]
+        self.network: Network = EVERY[name]
         self.model: Model = load_model(
             options.assets / "models" / self.network.file,
             preprocess=self.network.preprocess,
             input_shape=self.network.input_shape,
         )
-        data = options.assets / "data" / self.network.data
-        self.data = load_eval_data(data, self.model.inputs[0], resize=self.network.resize, limit=options.limit)
-        self.float_answers: dict[str, np.ndarray] = {}
+        self.data = open_data(self.network, self.model, options.assets, options.limit)
+        self.float_outputs: dict[str, Outputs] = {}
         # What the figures depend on beside network, method and seed.
         self.protocol = f"{options.images} images, steps x{options.steps_scale:g}, {len(self.data)} scored; {options.quantizer}: {QUANTIZERS[options.quantizer]}"
 
@@ -244,39 +246,49 @@ class Comparison:
         return insert_qdq(graph, ranges, activation=Scheme(activation, signed=False, symmetric=False), weight=kept)
 
     def score(self, halves: list[tuple[CalibrationSet, EvalData]], bits: str, seed: int) -> Line:
-        """Accuracy of float and quantized network, and their agreement, over all halves."""
+        """Accuracy of float and quantized network, their agreement, and signal to noise (of the worst output), over all halves."""
         started, right, right_float, same, total = time.monotonic(), 0, 0, 0, 0
+        signal: dict[str, float] = {}
+        noise: dict[str, float] = {}
         for images, scored in halves:
-            wanted = self.answers(scored)
-            got = _answers(Twin(self.quantized(images, bits, seed), dtype=torch.float32), self.model, scored)
-            right += int((got == scored.labels).sum())
-            right_float += int((wanted == scored.labels).sum())
-            same += int((got == wanted).sum())
+            wanted = self.wanted(scored)
+            got = _outputs(Twin(self.quantized(images, bits, seed), dtype=torch.float32), self.model, scored)
+            for name, value in wanted.items():
+                signal[name] = signal.get(name, 0.0) + float(np.square(value, dtype=np.float64).sum())
+                gone = float(np.square(got[name] - value.astype(np.float64)).sum())
+                noise[name] = noise.get(name, 0.0) + gone
             total += len(scored)
+            if self.network.classes:
+                answers, float_answers = (next(iter(each.values())).argmax(1) for each in (got, wanted))
+                right += int((answers == scored.labels).sum())
+                right_float += int((float_answers == scored.labels).sum())
+                same += int((answers == float_answers).sum())
         labelled = self.network.labelled
         return {
             "float": right_float / total if labelled else None,
             "accuracy": right / total if labelled else None,
-            "agreement": same / total,
+            "agreement": same / total if self.network.classes else None,
+            "sqnr_db": min(10 * float(np.log10(signal[name] / max(noise[name], 1e-30))) for name in signal),
             "scored": total,
             "seconds": time.monotonic() - started,
         }
 
-    def answers(self, data: EvalData) -> np.ndarray:
-        """The float network's classes, computed once."""
-        if data.digest not in self.float_answers:
-            self.float_answers[data.digest] = _answers(self.model.twin(), self.model, data)
-        return self.float_answers[data.digest]
+    def wanted(self, data: EvalData) -> Outputs:
+        """The float network's outputs, computed once."""
+        if data.digest not in self.float_outputs:
+            self.float_outputs[data.digest] = _outputs(self.model.twin(), self.model, data)
+        return self.float_outputs[data.digest]
 
 
-def _answers(twin: Twin, model: Model, data: EvalData) -> np.ndarray:
-    found = []
+def _outputs(twin: Twin, model: Model, data: EvalData) -> Outputs:
+    found: dict[str, list[np.ndarray]] = {}
     size = 32 if model.dynamic_batch else 1
     with torch.no_grad():
         for pixels, _ in data.batches(size):
             feeds = {model.inputs[0].name: torch.from_numpy(model.preprocess.apply(pixels))}
-            found.append(next(iter(twin.run(feeds).values())).argmax(1).numpy())
-    return np.concatenate(found)
+            for name, value in twin.run(feeds).items():
+                found.setdefault(name, []).append(value.numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import onnxruntime as ort
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _comparison import NETWORKS, Network, finished_sets, keep_row, real_halves
+from _comparison import NETWORKS, SIGNALS, Network, finished_sets, keep_row, real_halves
 
 from zsq_deploy.artifact import read_json
 from zsq_deploy.backends import get_target
@@ -36,7 +36,7 @@ from zsq_deploy.backends.tensorrt.lint import lint
 from zsq_deploy.backends.tensorrt.options import options_from
 from zsq_deploy.backends.tensorrt.placement import place_int4, place_qdq
 from zsq_deploy.evaldata import load_eval_data
-from zsq_deploy.model import Graph, Model, Preprocess, Twin, load_model
+from zsq_deploy.model import Graph, Model, Twin, load_model
 from zsq_deploy.pipeline import EngineSettings, Images, build_engine, make_images, measure_ranges
 from zsq_deploy.quant import read_qdq
 
@@ -49,21 +49,6 @@ IMAGES = ("data-free", "real")
 GENERATIONS = (8, 10, 11)
 MARGIN = 0.3
 """Points of accuracy that the reference may be below float."""
-
-SIGNALS = {
-    "ultraface_rfb320": Network(
-        "ultraface_rfb320.onnx",
-        Preprocess((127 / 255,) * 3, (128 / 255,) * 3),
-        "imagenet_like_224",
-        labelled=False,
-        resize=True,
-        images=16,
-    ),
-    "dncnn25": Network(
-        "dncnn25.onnx", Preprocess(), "set12_gray.npz", labelled=False, input_shape=(1, 1, 64, 64), images=16
-    ),
-}
-"""Networks that give no classes: signal to noise against float; and PSNR against the clean image for the denoiser."""
 
 SIGMA = 25 / 255
 """Noise that the denoiser was trained for; drawn with a fixed seed."""
