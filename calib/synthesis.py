@@ -212,7 +212,7 @@ def _single_image_input(model: Model, method: str) -> TensorSpec:
         raise CalibrationError(
             f"input {spec.name!r} of shape {spec.shape} is no image, and method {method!r} makes images",
             where=spec.name,
-            remedy="use --method zeroq, which takes inputs of any shape",
+            remedy="use --method zeroq, dsg or hast (the last needs classes), which take inputs of any shape",
         )
     return spec
 

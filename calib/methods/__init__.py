@@ -90,6 +90,7 @@ _ALL = (
         defaults=deepinversion.DEFAULTS,
         run=deepinversion.recipe,
         fallback="fractal",
+        pictures=True,
     ),
     Method(
         "kw",
@@ -99,6 +100,7 @@ _ALL = (
         defaults=kw.DEFAULTS,
         run=kw.recipe,
         fallback="fractal",
+        pictures=True,
     ),
     Method(
         "dsg",
@@ -117,6 +119,7 @@ _ALL = (
         defaults=intraq.DEFAULTS,
         run=intraq.recipe,
         fallback="fractal",
+        pictures=True,
     ),
     Method(
         "hast",
