@@ -8,7 +8,7 @@ rounding (QDrop, Wei et al. 2022). It starts from a Q/DQ graph rounded to neares
 from zsq_deploy.quant.reconstruct.api import BlockReport, Reconstruction, reconstruct, round_to_nearest
 from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
 from zsq_deploy.quant.reconstruct.presets import PRESETS, Preset
-from zsq_deploy.quant.reconstruct.protocol import PROTOCOLS, Bits, Protocol
+from zsq_deploy.quant.reconstruct.protocol import PROTOCOLS, Bits, LayerBits, Protocol
 from zsq_deploy.quant.reconstruct.writing import clip_codes
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Bits",
     "Block",
     "BlockReport",
+    "LayerBits",
     "Preset",
     "Protocol",
     "Reconstruction",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from zsq_deploy.quant.bias import correct_bias
 from zsq_deploy.quant.qdq import PlacementRules
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
+from zsq_deploy.quant.reconstruct.images import ImageSet, with_mirror_images
 from zsq_deploy.quant.reconstruct.presets import Preset
-from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, Protocol, assign
+from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, LayerBits, Protocol, assign, bits_of
 from zsq_deploy.quant.reconstruct.state import State, initial_state
 from zsq_deploy.quant.reconstruct.template import Template, make_template
-from zsq_deploy.quant.reconstruct.work import BlockReport, ImageSet, Work
+from zsq_deploy.quant.reconstruct.work import BlockReport, Work
 from zsq_deploy.quant.reconstruct.writing import write
 from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.statistics import collect
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+AnyBits = str | Bits | LayerBits | Mapping[str, str | Bits]
 
 ACTIVATION = Scheme(8, signed=False, symmetric=False)
 """Activations as most x86 runtimes take them: unsigned, one scale and zero point a tensor."""
@@ -72,7 +75,7 @@ class Reconstruction:
     template: Template
     state: State
     assignment: Assignment
-    bits: Bits
+    bits: Bits | LayerBits
     protocol: Protocol
     preset: str
     blocks: tuple[BlockReport, ...]
@@ -95,7 +98,7 @@ class Reconstruction:
 def start(
     model: Model,
     calibration_set: ImageSet,
-    bits: str | Bits,
+    bits: AnyBits,
     protocol: str | Protocol,
     *,
     graph: Graph | None = None,
@@ -135,7 +138,7 @@ def start(
         set_digest=calibration_set.digest,
     )
     template = make_template(folded, statistics.ranges(), activation=activation, weight=weight, rules=rules)
-    assignment = assign(template, Bits.of(bits), Protocol.of(protocol))
+    assignment = assign(template, bits_of(bits), Protocol.of(protocol))
     state = initial_state(template, assignment, statistics, power=power, candidates=candidates)
     return template, assignment, state
 
@@ -165,7 +168,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def round_to_nearest(
     model: Model,
     calibration_set: ImageSet,
-    bits: str | Bits = "w4a4",
+    bits: AnyBits = "w4a4",
     protocol: str | Protocol = "ends-8bit",
     *,
     graph: Graph | None = None,
@@ -181,7 +184,7 @@ def round_to_nearest(
     Args:
         model: The network.
         calibration_set: Images in network input space (:class:`zsq_deploy.calib.CalibrationSet`, or a part of one).
-        bits: ``w4a4`` and the like, 2 to 8 bits each.
+        bits: ``w4a4`` and the like, 2 to 8 bits each; or a mapping of layer node to such a word (other layers have 8 bits).
         protocol: What keeps 8 bits (:data:`~zsq_deploy.quant.reconstruct.protocol.PROTOCOLS`).
         graph: Deployable float graph to use instead of the model's folded one (a backend may have prepared it).
         rules: Where Q/DQ may stand.
@@ -221,7 +224,7 @@ def round_to_nearest(
         template=template,
         state=state,
         assignment=assignment,
-        bits=Bits.of(bits),
+        bits=bits_of(bits),
         protocol=chosen,
         preset="",
         blocks=(),
@@ -232,7 +235,7 @@ def round_to_nearest(
 def reconstruct(
     model: Model,
     calibration_set: ImageSet,
-    bits: str | Bits = "w4a4",
+    bits: AnyBits = "w4a4",
     protocol: str | Protocol = "ends-8bit",
     preset: str | Preset = "fast",
     seed: int = 0,
@@ -252,7 +255,7 @@ def reconstruct(
     Args:
         model: The network.
         calibration_set: Images in network input space; 1,024 is what papers take.
-        bits: ``w4a4`` and the like, 2 to 8 bits each.
+        bits: ``w4a4`` and the like, 2 to 8 bits each; or a mapping of layer node to such a word (other layers have 8 bits).
         protocol: What keeps 8 bits (:data:`~zsq_deploy.quant.reconstruct.protocol.PROTOCOLS`).
         preset: ``full`` (20,000 steps a block) or ``fast`` (:data:`~zsq_deploy.quant.reconstruct.presets.PRESETS`).
         seed: Of everything random; the same seed gives the same network on the same machine.
@@ -275,10 +278,11 @@ def reconstruct(
     """
     started = time.monotonic()
     place = _device(device)
-    chosen, schedule, wanted = Protocol.of(protocol), Preset.of(preset), Bits.of(bits)
+    chosen, schedule, wanted = Protocol.of(protocol), Preset.of(preset), bits_of(bits)
+    images = with_mirror_images(calibration_set) if schedule.mirror and len(calibration_set) else calibration_set
     template, assignment, state = start(
         model,
-        calibration_set,
+        images,
         wanted,
         chosen,
         graph=graph,
@@ -295,7 +299,7 @@ def reconstruct(
     if folder is not None:
         content = {
             "network": template.floating.digest,
-            "images": calibration_set.digest,
+            "images": images.digest,
             "bits": str(wanted),
             "protocol": dataclasses.asdict(chosen),
             "preset": dataclasses.asdict(schedule),
@@ -305,9 +309,11 @@ def reconstruct(
             "rules": repr(rules),
         }
         checkpoints = Checkpoints(folder, content, resume=resume)
-    with Cache(len(calibration_set), folder, memory=memory) as cache:
+    with Cache(len(images), folder, memory=memory) as cache:
         work = Work(template, state, schedule, seed, place, cache, checkpoints, progress)
-        reports = work.run(calibration_set)
+        reports = work.run(images)
+        if schedule.tuning is not None:
+            work.tune(images, schedule.tuning)
     return Reconstruction(
         model=model,
         graph=write(template, work.state),

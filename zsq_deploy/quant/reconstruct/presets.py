@@ -7,7 +7,28 @@ from dataclasses import dataclass
 
 from zsq_deploy.errors import UsageError
 
-__all__ = ["PRESETS", "Preset"]
+__all__ = ["PRESETS", "Preset", "Tuning"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The schedule of the last stage, in which all layers are tuned together on the outputs.
+
+    Attributes:
+        steps: Steps.
+        batch: Images a step.
+        code_lr: Adam's step for weights, in steps of their scale; 0: codes stay.
+        weight_scale_lr: Adam's step for weight scales, as a share of them; 0: they stay.
+        activation_scale_lr: Adam's step for activation scales, as a share of them; 0: they stay.
+        bias_lr: Adam's step for biases, as a share of the largest product of the layer; 0: they stay.
+    """
+
+    steps: int = 500
+    batch: int = 32
+    code_lr: float = 2e-3
+    weight_scale_lr: float = 1e-3
+    activation_scale_lr: float = 1e-3
+    bias_lr: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,8 @@ class Preset:
         drop: Share of elements that QDrop leaves unrounded, in the block's input and in each activation.
         clip_power: Exponent of the error that initial weight scales minimize.
         clip_candidates: Clip ratios that are tried for it.
+        mirror: Colour pictures take part as they are and as their mirror images.
+        tuning: What follows when all blocks are learned; ``None``: nothing.
     """
 
     name: str
@@ -47,6 +70,8 @@ class Preset:
     drop: float = 0.5
     clip_power: float = 2.4
     clip_candidates: int = 100
+    mirror: bool = False
+    tuning: Tuning | None = None
 
     @classmethod
     def of(cls, word: str | Preset) -> Preset:

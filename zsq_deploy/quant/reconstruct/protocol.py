@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from zsq_deploy.errors import UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.reconstruct.template import PRODUCTS, Layer, Template
 
-__all__ = ["PROTOCOLS", "Assignment", "Bits", "Protocol", "assign"]
+__all__ = ["PROTOCOLS", "Assignment", "Bits", "LayerBits", "Protocol", "assign", "bits_of"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,47 @@ class Bits:
 
 
 @dataclass(frozen=True)
+class LayerBits:
+    """Bits that differ from layer to layer.
+
+    A layer that is named has its bits whatever the protocol keeps at 8 bits elsewhere; only the network's input goes on having 8.
+
+    Attributes:
+        layers: Layer node -> bits of its weight and of what it reads.
+        others: Bits of all other layers, to which the protocol applies.
+    """
+
+    layers: Mapping[str, Bits]
+    others: Bits = Bits(8, 8)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def __hash__(self) -> int:
+        return hash((tuple(sorted(self.layers.items(), key=lambda item: item[0])), self.others))
+
+    def __str__(self) -> str:
+        """Every layer with its bits; equal only for equal bits."""
+        named = ", ".join(f"{name}={bits}" for name, bits in sorted(self.layers.items()))
+        return f"mixed ({named}; others {self.others})"
+
+
+def bits_of(word: str | Bits | LayerBits | Mapping[str, str | Bits]) -> Bits | LayerBits:
+    """Bits for all layers (``w4a4``), or layer by layer (a mapping of node names).
+
+    Raises:
+        UsageError: A word does not say bits, or no layer is named.
+    """
+    if isinstance(word, LayerBits):
+        return word
+    if isinstance(word, Mapping):
+        if not word:
+            raise UsageError("the mapping names no layer", where="bits", remedy="give node name -> w4a4 or the like")
+        return LayerBits({name: Bits.of(bits) for name, bits in word.items()})
+    return Bits.of(word)
+
+
+@dataclass(frozen=True)
 class Protocol:
     """Which tensors keep 8 bits.
 
@@ -90,8 +132,13 @@ class Protocol:
             )
         return PROTOCOLS[word]
 
-    def describe(self, bits: Bits) -> str:
+    def describe(self, bits: Bits | LayerBits) -> str:
         """One sentence: which tensors have how many bits."""
+        if isinstance(bits, LayerBits):
+            input_ = "; the network's input 8 bits" if self.input_8bit else ""
+            others = self.describe(bits.others)
+            named = ", ".join(f"{name} {one}" for name, one in bits.layers.items())
+            return f"mixed bits, weights and inputs of each layer: {named}{input_}; all other layers: {others}"
         if bits.weights == bits.activations == 8:
             return f"{bits} {self.name}: all weights and activations have 8 bits"
         eight = []
@@ -136,34 +183,49 @@ class Assignment:
     last: frozenset[str]
 
 
-def assign(template: Template, bits: Bits, protocol: Protocol) -> Assignment:
+def assign(template: Template, bits: Bits | LayerBits, protocol: Protocol) -> Assignment:
     """Bits of every weight and of every group of activations.
 
     A tensor that several products read gets the fewest bits that one of them asks for.
+
+    Raises:
+        UsageError: A layer that is named is not there.
     """
     graph = template.plain
     first, last, second = _ends(graph)
+    mixed = bits if isinstance(bits, LayerBits) else LayerBits({}, bits)
+    unknown = sorted(set(mixed.layers) - {node.name for node in graph.nodes if node.op_type in PRODUCTS})
+    if unknown:
+        some = ", ".join([layer.node for layer in template.layers][:5])
+        raise UsageError(
+            f"no layer of this network is called {', '.join(unknown)}",
+            where="bits",
+            remedy=f"name nodes that multiply, like {some}",
+        )
     wanted: dict[str, int] = {}
     sites = {site.output: site for site in template.sites}
     for node in graph.nodes:
         if node.op_type not in PRODUCTS:
             continue
+        named = mixed.layers.get(node.name)
         eight = protocol.ends_8bit and (node.name in first or node.name in last)
-        eight = eight or (protocol.second_input_8bit and node.name in second)
+        eight = named is None and (eight or (protocol.second_input_8bit and node.name in second))
         for value in node.input[:2]:
             site = sites.get(value)
             if site is None:
                 continue
             own = eight or (protocol.input_8bit and site.from_input)
-            own_bits = 8 if own else bits.activations
+            own_bits = 8 if own else (named or mixed.others).activations
             wanted[site.group] = min(wanted.get(site.group, 8), own_bits)
     groups = {site.group for site in template.sites}
-    other = max(protocol.other_bits, bits.activations)
+    other = max(protocol.other_bits, mixed.others.activations)
+    weights = {}
+    for layer in template.layers:
+        named = mixed.layers.get(layer.node)
+        kept = named is None and protocol.ends_8bit and _at_end(layer, first, last)
+        weights[layer.node] = 8 if kept else (named or mixed.others).weights
     return Assignment(
-        weights={
-            layer.node: 8 if protocol.ends_8bit and _at_end(layer, first, last) else bits.weights
-            for layer in template.layers
-        },
+        weights=weights,
         sites={group: wanted.get(group, other) for group in sorted(groups)},
         first=frozenset(first),
         last=frozenset(last),

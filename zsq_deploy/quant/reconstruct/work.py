@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,32 +15,21 @@ from zsq_deploy.progress import Progress, Task
 from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
+from zsq_deploy.quant.reconstruct.images import ImageSet
 from zsq_deploy.quant.reconstruct.learn import BlockLearner, channel_axis, word
-from zsq_deploy.quant.reconstruct.presets import Preset
+from zsq_deploy.quant.reconstruct.presets import Preset, Tuning
 from zsq_deploy.quant.reconstruct.runner import Runner
 from zsq_deploy.quant.reconstruct.state import State
 from zsq_deploy.quant.reconstruct.template import Template
+from zsq_deploy.quant.reconstruct.tuning import Tuner
 from zsq_deploy.quant.statistics import micro_batches
 
-__all__ = ["BlockReport", "ImageSet", "Learn", "Work"]
+__all__ = ["BlockReport", "Learn", "Work"]
 
 Array = npt.NDArray[Any]
 Learn = Callable[[BlockLearner, Cache, int, Task], float]
 
 _MICRO = 32  # images that go through a block at a time where nothing is learned
-
-
-class ImageSet(Protocol):
-    """What this package needs of a calibration set."""
-
-    @property
-    def digest(self) -> str:
-        """Digest of the content."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int) -> Iterator[dict[str, Array]]:
-        """The images in order, by input name."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,7 @@ class Work:
         checkpoints: Where to keep what was learned; ``None``: nowhere.
         progress: Where to report.
         learn: How a block learns; by default :meth:`BlockLearner.run`.
+        fixed: Groups of sites whose scale is not learned.
 
     Attributes:
         state: The numbers so far.
@@ -91,6 +81,7 @@ class Work:
         checkpoints: Checkpoints | None,
         progress: Progress,
         learn: Learn = BlockLearner.run,
+        fixed: frozenset[str] = frozenset(),
     ) -> None:
         self.template, self.state, self.preset, self.seed = template, state, preset, seed
         self.cache, self.checkpoints, self.progress = cache, checkpoints, progress
@@ -99,6 +90,7 @@ class Work:
         self.axes: dict[str, int | None] = {}
         self.images = 0
         self._learn = learn
+        self._fixed = fixed
 
     def run(self, images: ImageSet) -> list[BlockReport]:
         """All blocks, one after the other."""
@@ -108,13 +100,9 @@ class Work:
         uncut = {name for name, axis in self.axes.items() if axis is None}
         blocks = find_blocks(self.template.plain, uncut=uncut)
         last_reader = {name: number for number, block in enumerate(blocks) for name in block.inputs}
-        at = 0
-        for batch in micro_batches(images.batches(64), _MICRO):
-            for name, array in batch.items():
-                self.cache.put(f"q:{name}", at, torch.from_numpy(np.array(array)))
-            at += len(next(iter(batch.values())))
+        self._put("q", images)
         reports: list[BlockReport] = []
-        frozen: set[str] = set()
+        frozen = set(self._fixed)
         with self.progress.task("reconstruction", float(self.preset.steps * len(blocks))) as task:
             for number, block in enumerate(blocks):
                 began = time.monotonic()
@@ -154,6 +142,34 @@ class Work:
                         self.cache.drop(f"q:{name}")
                         self.cache.drop(f"f:{name}")
         return reports
+
+    def tune(self, images: ImageSet, tuning: Tuning) -> None:
+        """All layers together on the outputs, after :meth:`run`.
+
+        Args:
+            images: The same images.
+            tuning: The schedule.
+        """
+        number = len(find_blocks(self.template.plain, uncut={name for name, axis in self.axes.items() if axis is None}))
+        if self.checkpoints is not None and self.checkpoints.has(number):
+            self.state, _ = self.checkpoints.load(number, self.state)
+            return
+        self._put("x", images)
+        tuner = Tuner(self.runner, self.state, tuning, seed=word(self.seed, number), axes=self.axes)
+        with self.progress.task("tuning", float(tuning.steps)) as task:
+            loss = tuner.run(self.cache, self.images, task)
+        self.state = tuner.learned()
+        if self.checkpoints is not None:
+            layers = [layer.node for layer in self.template.layers]
+            self.checkpoints.save(number, self.state, layers, self.state.activations, loss)
+
+    def _put(self, kind: str, images: ImageSet) -> None:
+        """Put the images into the cache."""
+        at = 0
+        for batch in micro_batches(images.batches(64), _MICRO):
+            for name, array in batch.items():
+                self.cache.put(f"{kind}:{name}", at, torch.from_numpy(np.array(array)))
+            at += len(next(iter(batch.values())))
 
     def _parts(self) -> Iterable[slice]:
         return (slice(at, min(at + _MICRO, self.images)) for at in range(0, self.images, _MICRO))
