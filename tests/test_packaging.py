@@ -167,7 +167,7 @@ ARROWS = {
     ),
     "zsq_deploy.doctor": ("zsq_deploy.backends", "zsq_deploy.verify"),
     "zsq_deploy.cli": (
-        "zsq_deploy.backends", "zsq_deploy.calib", "zsq_deploy.doctor", "zsq_deploy.model", "zsq_deploy.pipeline",
+        "zsq_deploy.backends", "zsq_deploy.calib", "zsq_deploy.device", "zsq_deploy.doctor", "zsq_deploy.model", "zsq_deploy.pipeline",
         "zsq_deploy.recipe", "zsq_deploy.report", "zsq_deploy.verify",
     ),
 }  # fmt: skip

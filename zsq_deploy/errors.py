@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CalibrationError",
     "DataError",
+    "DeviceError",
     "EngineError",
     "InterruptedRunError",
     "ModelError",
@@ -83,3 +84,7 @@ class InterruptedRunError(ZsqError):
     """The user interrupted the work; what was done is kept and can be resumed."""
 
     exit_code = 130
+
+
+class DeviceError(ZsqError):
+    """A device cannot be reached, or something went wrong there."""

@@ -34,6 +34,7 @@ COMMANDS = (
 
 
 GROUPS = {
+    "devices": ("add", "check", "list", "remove"),
     "methods": ("show",),
     "env": ("create", "check", "list", "remove"),
     "import": ("pot-config",),

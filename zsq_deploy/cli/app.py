@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from zsq_deploy import __version__
-from zsq_deploy.cli import bundles, environments, methods, pot_config
+from zsq_deploy.cli import benches, bundles, devices, environments, methods, pot_config
 from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.cli.shared import EVALUATION, IMAGES, MODEL, QUANTIZATION, RUN, SEED, with_options
@@ -32,6 +32,8 @@ app = typer.Typer(
 
 
 app.command("bundle", short_help="Pack an engine with what proves it on a device.")(bundles.bundle)
+app.command("bench", short_help="Latency of finished engines, here beside float, or on devices.")(benches.bench)
+app.add_typer(devices.app, name="devices", short_help="Your devices by name.")
 app.add_typer(methods.app, name="methods", short_help="The ways to make calibration images, explained.")
 app.add_typer(environments.app, name="env", short_help="Environments of their own, for POT.")
 app.add_typer(pot_config.importing, name="import", short_help="Turn another tool's configuration into a recipe.")
@@ -306,42 +308,6 @@ def verify(
     return outcome.exit_code
 
 
-@app.command(short_help="Latency of finished engines beside float.")
-def bench(
-    folder: _OutArg,
-    target: Annotated[
-        list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
-    ] = None,
-    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of every runner.")] = 1,
-    rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", min=1, help="Interleaved rounds of engine and float baselines.")
-    ] = 10,
-    as_json: o.JsonOpt = False,
-    quiet: o.QuietOpt = False,
-) -> int:
-    """Latency of finished engines beside fp32 and the best float mode, in fresh processes, in turn."""
-    from zsq_deploy.pipeline.stages import bench_folder
-
-    found = bench_folder(folder, targets=target, threads=threads, rounds=rounds, progress=progress_for(quiet, as_json))
-    if as_json:
-        print_json(found)
-        return 0
-    from rich.table import Table
-
-    table = Table(title=f"batch 1, {threads} thread{'s' if threads > 1 else ''}, milliseconds")
-    for column in ("target", "runs as", "median", "p90", "p99", "first", "load", "speed-up"):
-        table.add_column(column, justify="left" if column in ("target", "runs as") else "right")
-    for name, section in found.items():
-        for form in ("engine", "float32", "float_best"):
-            row = section.get(form)
-            if row:
-                figures = [row[key] for key in ("median_ms", "p90_ms", "p99_ms", "first_ms", "load_ms")]
-                speed = f"{section['speedup']:.2f}x" if form == "engine" and section.get("speedup") else ""
-                table.add_row(name, form, *(f"{v:.3f}" if v is not None else "-" for v in figures), speed)
-    Console().print(table)
-    return 0
-
-
 @app.command(short_help="Check report.json and draw report.html again.")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="OUT|report.json", help="An output folder, or a report.json.")],
@@ -443,9 +409,21 @@ def lint(
 
 
 @app.command(short_help="What this machine has, and what is missing.")
-def doctor(as_json: o.JsonOpt = False) -> int:
-    """Say what this machine has, which targets it can build and measure, and what is missing."""
+def doctor(
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME|ssh://...", help="Look at a device instead of this machine.")
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option("--python", metavar="PATH", help="The interpreter of the device (default: python3).")
+    ] = None,
+    accept_new_host_key: devices.AcceptOpt = False,
+    as_json: o.JsonOpt = False,
+) -> int:
+    """Say what this machine or a device has, which targets it can build and measure, and what is missing."""
     from zsq_deploy.doctor import examine, print_examination
+
+    if device is not None:
+        return devices.examine_device(device, python=python, accept_new=accept_new_host_key, as_json=as_json)
 
     found = examine()
     if as_json:

@@ -6,6 +6,7 @@ network connection and writes one file. Run it where the bundle lies::
 
     python agent.py                          unpacked bundle, this file in it
     python agent.py --bundle net.zsq.tar     a bundle as it was made (it is unpacked into a folder of its own)
+    python agent.py --probe                  what this device is, and which runtimes it has; nothing is measured
 
 What happens: every file is compared with the digest that the bundle was made with; the engine is loaded and run on the bundle's inputs, and its
 outputs are compared with those of the references (in units of the output's quantization step); latency, throughput and memory are measured, with
@@ -44,6 +45,9 @@ MANIFEST = "bundle.json"
 SEAL = "bundle.sha256"
 SLACK = 4e-3  # of a step: two dequantized float32 values, one step apart, differ by a step give or take their rounding
 LIMIT_DB = 320.0
+GONE = 3
+"""Exit code of an agent whose caller is gone (``--tether``)."""
+
 SLOWER = 1.10  # the last tenth of the runs against the first: more than this is called throttling
 COOLER = 0.90  # the clock after against the clock before
 
@@ -193,6 +197,13 @@ class OnnxRuntime:
 
         return str(ort.__version__)
 
+    @staticmethod
+    def facts() -> dict[str, Any]:
+        """What else there is to know of it."""
+        import onnxruntime as ort
+
+        return {"providers": [str(name) for name in ort.get_available_providers()]}
+
     def run(self, feeds: Arrays) -> dict[str, Any]:
         """All outputs."""
         return dict(zip(self.outputs, self.session.run(None, dict(feeds))))  # noqa: B905 - Python 3.9
@@ -206,10 +217,10 @@ class OpenVino:
         import openvino as ov
 
         properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-        device = session.get("DEVICE", "CPU")
+        device = session.get("device", "CPU")
         if device == "CPU":
             properties.update(INFERENCE_NUM_THREADS=threads, NUM_STREAMS=1, ENABLE_CPU_PINNING=False)
-        properties.update({key: value for key, value in session.items() if key != "DEVICE"})
+        properties.update({key: value for key, value in session.items() if key != "device"})
         started = time.perf_counter()
         core = ov.Core()
         model = core.read_model(str(path))
@@ -232,6 +243,13 @@ class OpenVino:
         import openvino as ov
 
         return str(ov.__version__)
+
+    @staticmethod
+    def facts() -> dict[str, Any]:
+        """What else there is to know of it."""
+        import openvino as ov
+
+        return {"devices": [str(name) for name in ov.Core().available_devices]}
 
     def run(self, feeds: Arrays) -> dict[str, Any]:
         """All outputs."""
@@ -453,6 +471,15 @@ def read_text(path: str) -> str | None:
         return None
 
 
+ARM = ("aarch64", "arm64", "armv8l")
+
+
+def foreign() -> bool:
+    """Whether this is an Arm program on another processor: the system tells of one that cannot run it."""
+    text = read_text("/proc/cpuinfo") or ""
+    return platform.machine().lower() in ARM and "vendor_id" in text and "CPU implementer" not in text
+
+
 def cpu() -> dict[str, Any]:
     """Model and features of the processor, as far as the system says."""
     text = read_text("/proc/cpuinfo") or ""
@@ -461,7 +488,11 @@ def cpu() -> dict[str, Any]:
         key, found, value = line.partition(":")
         if found:
             fields.setdefault(key.strip().lower(), value.strip())
-    features = (fields.get("flags") or fields.get("features") or "").split()
+    # An emulator for one program shows the cpuinfo of the machine below, so only the words of this architecture count.
+    arm = platform.machine().lower() in ARM
+    features = (fields.get("features" if arm else "flags") or "").split()
+    if arm and "asimd" not in features:
+        features.append("asimd")  # every 64-bit Arm processor has it
     telling = (
         "avx2",
         "avx_vnni",
@@ -477,12 +508,9 @@ def cpu() -> dict[str, Any]:
         "fphp",
         "asimdhp",
     )
-    model = (
-        read_text("/proc/device-tree/model")
-        or fields.get("model name")
-        or fields.get("hardware")
-        or platform.processor()
-    )
+    names = ("hardware", "model name") if arm and not foreign() else () if arm else ("model name",)
+    model = read_text("/proc/device-tree/model") if not foreign() else None
+    model = model or next((fields[name] for name in names if name in fields), None) or platform.processor()
     return {
         "model": model or platform.machine(),
         "features": [name for name in telling if name in features],
@@ -546,18 +574,37 @@ def throttled(before: Mapping[str, Any], after: Mapping[str, Any], drift: float 
     return (False, "") if drift is not None else (None, "")
 
 
+def numpy_version() -> str | None:
+    """Version of numpy, or ``None`` where there is none."""
+    try:
+        import numpy as np
+    except ImportError:
+        return None
+    return str(np.__version__)
+
+
+def probe() -> dict[str, Any]:
+    """What this device is and has, for whoever chooses what is run on it."""
+    runtimes: dict[str, Any] = {}
+    for name, kind in RUNTIMES.items():
+        try:
+            runtimes[name] = {"version": kind.version(), **kind.facts()}
+        except Exception as error:  # a broken installation says so in many ways
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            runtimes[name] = {"version": None, "missing": lines[0][:400]}
+    return {"agent": AGENT, "device": device(), "runtimes": runtimes, "clocks": clocks()}
+
+
 def device() -> dict[str, Any]:
     """What this machine is."""
-    import numpy as np
-
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    emulated = any(word in (read_text("/proc/cpuinfo") or "").lower() for word in ("qemu",)) or "QEMU_CPU" in os.environ
+    emulated = foreign() or "qemu" in (read_text("/proc/cpuinfo") or "").lower() or "QEMU_CPU" in os.environ
     return {
         "machine": platform.machine(),
         "system": platform.system(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "numpy": np.__version__,
+        "numpy": numpy_version(),
         "cpu": cpu(),
         "memory_bytes": memory_total(),
         "affinity": affinity,
@@ -615,14 +662,14 @@ def run(folder: Path, options: argparse.Namespace, say: Say) -> dict[str, Any]:
     result["parity"] = check_parity(engine, folder, manifest, say)
     failed = judge(result["parity"], manifest["limits"])
     before = clocks()
-    say("latency")
+    say("latency", seconds=options.seconds)
     times = time_runs(engine, one, options.seconds, options.warmup, options.runs)
     latency = summary(times)
     drift = latency.pop("drift")
     latency.update(first_ms=first_ms, load_ms=engine.load_ms, threads=options.threads, batch=manifest["batch"])
     result["latency"] = latency
     if options.streams:
-        say("throughput")
+        say("throughput", seconds=options.seconds)
         make = lambda: kind(path, session, max(1, options.threads // options.streams))  # noqa: E731
         result["throughput"] = throughput(make, one, options.streams, options.seconds)
     after = clocks()
@@ -687,6 +734,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--streams", type=int, default=0, help="also measure throughput with so many engines at once (default: 0, not)"
     )
     parser.add_argument("--events", action="store_true", help="progress as JSON lines, for programs")
+    parser.add_argument("--probe", action="store_true", help="only say what this device is and has, as JSON")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="where a .zsq.tar is unpacked (default: the system's temporary folder)"
+    )
+    parser.add_argument(
+        "--tether",
+        action="store_true",
+        help="end as soon as standard input is closed, for programs that start this one",
+    )
     return parser.parse_args(argv)
 
 
@@ -699,9 +755,47 @@ def cores(text: str) -> set[int]:
     return found
 
 
+def tether() -> None:
+    """End this program when whoever started it is gone: nothing goes on measuring for nobody."""
+
+    def watch() -> None:
+        try:
+            while os.read(0, 4096):
+                pass
+        except OSError:
+            pass
+        os._exit(GONE)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def claim(out: Path, say: Say) -> tuple[Any, bool]:
+    """Wait until no other agent works on this result: (what holds the claim, whether there was another).
+
+    After a broken connection the first agent may still be at work, and two that measure at once would disturb each other.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return None, False
+    file = out.with_name(out.name + ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file, False
+    except OSError:
+        say("waiting")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file, True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the agent; the exit code."""
     options = arguments(argv)
+    if options.tether:
+        tether()
+    if options.probe:
+        print(json.dumps(dict(event="probe", **probe())), flush=True)
+        return 0
 
     def say(what: str, **more: Any) -> None:
         if options.events:
@@ -715,13 +809,20 @@ def main(argv: list[str] | None = None) -> int:
                 os.sched_setaffinity(0, cores(options.affinity))
             except (AttributeError, ValueError, OSError) as error:
                 raise RefusedError(f"--affinity {options.affinity} cannot be set here: {error}") from error
-        with tempfile.TemporaryDirectory(prefix="zsq-agent-") as temporary:
-            folder = beside = options.bundle
-            if folder.is_file():
-                beside, folder = folder.resolve().parent, unpack(folder, Path(temporary))
-            result = run(folder, options, say)
+        folder = beside = options.bundle
+        if folder.is_file():
+            beside = folder.resolve().parent
         out = options.out or beside / "result.json"
-        write(out, result)
+        held, others = claim(out, say) if options.tether else (None, False)
+        if others and out.is_file():
+            result = json.loads(out.read_text(encoding="utf-8"))  # the other one finished it
+        else:
+            with tempfile.TemporaryDirectory(prefix="zsq-agent-", dir=options.work) as temporary:
+                if folder.is_file():
+                    folder = unpack(folder, Path(temporary))
+                result = run(folder, options, say)
+            write(out, result)
+        del held
     except RefusedError as error:
         if options.events:
             print(json.dumps({"event": "refused", "message": str(error)}), flush=True)

@@ -24,6 +24,7 @@ from zsq_deploy.artifact import read_json, write_json
 from zsq_deploy.errors import StaleArtifactError, ZsqError
 from zsq_deploy.report.base import Amount, Count, Number, Share
 from zsq_deploy.report.base import Section as _Section
+from zsq_deploy.report.device_schema import DeviceSection
 from zsq_deploy.report.quality_schema import Recommendation, SetQuality
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "BaselineRow",
     "CalibrationSection",
     "Candidate",
+    "DeviceSection",
     "DivergenceSection",
     "EngineSection",
     "EnvironmentSection",
@@ -451,6 +453,9 @@ class TargetSection(_Section):
     )
     layers: list[TensorRow] = Field(
         default_factory=list, description="SQNR of every tensor of the quantized twin against the float twin."
+    )
+    devices: dict[str, DeviceSection] = Field(
+        default_factory=dict, description="The engine on devices, by their names (`zsq bench --device`)."
     )
     not_measured: dict[str, str] = Field(
         default_factory=dict, description="Why a figure is `null`, by its path within the target, `parity.integer`."

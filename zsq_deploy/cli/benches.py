@@ -1,0 +1,208 @@
+"""`zsq bench`: how fast engines are, on this machine and on devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zsq_deploy.cli import options as o
+from zsq_deploy.cli.devices import AcceptOpt
+from zsq_deploy.cli.printing import print_json, progress_for
+from zsq_deploy.errors import UsageError
+
+__all__ = ["bench"]
+
+_HERE, _DEVICES = "On this machine", "On devices"
+
+
+def bench(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `zsq deploy` or `zsq quantize`.")],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of every runner.")] = 1,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            "--rounds",
+            metavar="N",
+            min=1,
+            help="Interleaved rounds of engine and float baselines.",
+            rich_help_panel=_HERE,
+        ),
+    ] = 10,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device",
+            metavar="ssh://user@host|NAME|local",
+            help="Measure there instead, and write the result into the report (repeatable).",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            "--python",
+            metavar="PATH",
+            help="The interpreter there, 3.9 or newer with numpy and the runtime (default: python3).",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option("--seconds", metavar="S", min=0.01, help="How long runs are timed.", rich_help_panel=_DEVICES),
+    ] = 5.0,
+    streams: Annotated[
+        int,
+        typer.Option(
+            "--streams",
+            metavar="N",
+            min=0,
+            help="Also the throughput of so many engines at once.",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = 0,
+    affinity: Annotated[
+        str | None,
+        typer.Option("--affinity", metavar="0-3", help="Cores to run on.", rich_help_panel=_DEVICES),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option("--samples", metavar="N", help="Inputs to prove the engine with.", rich_help_panel=_DEVICES),
+    ] = 32,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--bundle",
+            metavar="FILE",
+            help="Use this bundle instead of making one (repeatable).",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = None,
+    accept_new_host_key: AcceptOpt = False,
+    result: Annotated[
+        Path | None,
+        typer.Option(
+            "--result",
+            metavar="FILE",
+            help="Take the result.json that an agent wrote elsewhere; with --bundle, and --device NAME to call it by.",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = None,
+    as_json: o.JsonOpt = False,
+    quiet: o.QuietOpt = False,
+) -> int:
+    """Latency of finished engines: here beside fp32 and the best float mode, or on devices, with parity, into the report.
+
+    \b
+    zsq bench out                                        this machine; nothing is written
+    zsq bench out --device ssh://pi@pi4.local            copy, prove, measure, fetch, clean up
+    zsq bench out --device pi4 --device jetson           devices of `zsq devices`
+    zsq bench out --bundle net.zsq.tar --result result.json --device board7     brought by hand
+    """
+    progress = progress_for(quiet, as_json)
+    if not device and result is None:
+        given = [
+            name
+            for name, value in {
+                "--python": python,
+                "--affinity": affinity,
+                "--bundle": bundle,
+                "--accept-new-host-key": accept_new_host_key,
+                "--streams": streams,
+            }.items()
+            if value
+        ]
+        if given:
+            raise UsageError(f"{given[0]} is about devices", where=given[0], remedy="name one with --device")
+        return _here(folder, target, threads, rounds, progress, as_json)
+
+    from zsq_deploy.device.inventory import Inventory
+    from zsq_deploy.device.session import Measure
+    from zsq_deploy.pipeline import on_device
+
+    if result is not None:
+        if not bundle or len(bundle) != 1 or not device or len(device) != 1:
+            raise UsageError(
+                "a result needs its bundle, and a name for its device",
+                where="--result",
+                remedy="zsq bench OUT --bundle net.zsq.tar --result result.json --device NAME",
+            )
+        done = on_device.take_result(folder, result, bundle[0], device[0])
+    else:
+        inventory = Inventory()
+        devices = [inventory.find(text) for text in device or ()]
+        done = on_device.bench_on_devices(
+            folder,
+            [replace(one, python=python or one.python) for one in devices],
+            targets=target,
+            bundles=bundle or (),
+            samples=samples,
+            measure=Measure(threads=threads, affinity=affinity, seconds=seconds, streams=streams),
+            accept_new=accept_new_host_key,
+            progress=progress,
+        )
+    if as_json:
+        print_json(
+            {
+                "results": {
+                    name: {
+                        one: on_device.section_of(found, "") | {"address": _address(done, name, one)}
+                        for one, found in row.items()
+                    }
+                    for name, row in done.results.items()
+                },
+                "skipped": [dict(zip(("device", "target", "why"), row, strict=True)) for row in done.skipped],
+                "failures": {name: str(error) for name, error in done.failures.items()},
+            }
+        )
+    else:
+        _show(done, folder)
+    return done.exit_code
+
+
+def _address(done: Any, target: str, device: str) -> str:
+    return str(done.report.targets[target].devices[device].address)
+
+
+def _show(done: Any, folder: Path) -> None:
+    from zsq_deploy.report.devices import device_tables
+
+    console, errors = Console(), Console(stderr=True, highlight=False, soft_wrap=True)
+    if done.report is not None:
+        for name in done.results:
+            console.print(device_tables(done.report, name), highlight=False)
+    for device, target, why in done.skipped:
+        errors.print(f"{device}: {target} was left out: {why}", markup=False, style="yellow")
+    for name, error in done.failures.items():
+        errors.print(f"error: {name}: {error}", markup=False, style="red")
+    if done.report is not None:
+        console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _here(folder: Path, target: list[str] | None, threads: int, rounds: int, progress: Any, as_json: bool) -> int:
+    """This machine, without the agent."""
+    from zsq_deploy.pipeline.stages import bench_folder
+
+    found = bench_folder(folder, targets=target, threads=threads, rounds=rounds, progress=progress)
+    if as_json:
+        print_json(found)
+        return 0
+    table = Table(title=f"batch 1, {threads} thread{'s' if threads > 1 else ''}, milliseconds")
+    for column in ("target", "runs as", "median", "p90", "p99", "first", "load", "speed-up"):
+        table.add_column(column, justify="left" if column in ("target", "runs as") else "right")
+    for name, section in found.items():
+        for form in ("engine", "float32", "float_best"):
+            row = section.get(form)
+            if row:
+                figures = [row[key] for key in ("median_ms", "p90_ms", "p99_ms", "first_ms", "load_ms")]
+                speed = f"{section['speedup']:.2f}x" if form == "engine" and section.get("speedup") else ""
+                table.add_row(name, form, *(f"{v:.3f}" if v is not None else "-" for v in figures), speed)
+    Console().print(table)
+    return 0

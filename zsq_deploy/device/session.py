@@ -1,0 +1,453 @@
+"""One visit to a device: connect, copy, run, fetch, clean up; and what happens when the line breaks in any of these.
+
+Nothing is run there but the agent, with the interpreter that the user named. Everything that is brought lies in one new folder, which is removed in
+the end, whatever happened. A connection that breaks is made again a bounded number of times: a copy goes on where it broke, an agent that was
+measuring is started again, or its result taken if it had finished alone. What cannot be mended ends in an error that says how far it came and what to
+do; a folder that had to be left behind is remembered and removed on the next visit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zsq_deploy.device import agent
+from zsq_deploy.device.address import Device
+from zsq_deploy.device.leftovers import Leftovers
+from zsq_deploy.device.link import CHUNK, PREFIX, BrokenLinkError, Ended, Link, LocalLink
+from zsq_deploy.device.result import LIMIT, Probe, Result, parse_probe, parse_result
+from zsq_deploy.errors import DeviceError, UsageError
+from zsq_deploy.progress import SILENT, Progress, Task
+
+__all__ = ["Job", "Measure", "Session", "visit"]
+
+_T = TypeVar("_T")
+_Connect = Callable[[Device], Awaitable[Link]]
+
+RETRIES = 3
+"""Connections that are made again in one phase."""
+
+_GRACE = 20.0  # seconds that cleaning up may take when something else went wrong
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the agent is told.
+
+    Attributes:
+        threads: Threads inside an operator.
+        affinity: Cores; ``None``: any.
+        seconds: How long runs are timed.
+        runs: And how many at least.
+        streams: Engines at once for the throughput; 0: it is not measured.
+    """
+
+    threads: int = 1
+    affinity: str | None = None
+    seconds: float = 5.0
+    runs: int = 20
+    streams: int = 0
+
+    def arguments(self) -> list[str]:
+        """As the agent's options."""
+        words = ["--threads", str(self.threads), "--seconds", str(self.seconds), "--runs", str(self.runs)]
+        words += ["--streams", str(self.streams)]
+        return [*words, "--affinity", self.affinity] if self.affinity else words
+
+
+@dataclass(frozen=True)
+class Job:
+    """A bundle to run.
+
+    Attributes:
+        archive: The ``.zsq.tar``.
+        target: Its target.
+        manifest_sha256: Digest of its ``bundle.json``.
+    """
+
+    archive: Path
+    target: str
+    manifest_sha256: str
+
+
+@asynccontextmanager
+async def visit(
+    device: Device,
+    *,
+    accept_new: bool = False,
+    progress: Progress = SILENT,
+    leftovers: Leftovers | None = None,
+    pause: float = 1.0,
+    connect: _Connect | None = None,
+) -> AsyncIterator[Session]:
+    """Connect to a device and make a folder there; remove it in the end.
+
+    Args:
+        device: The device.
+        accept_new: Take the host key of a device that is not known.
+        progress: Where to report.
+        leftovers: Folders that earlier visits could not remove.
+        pause: Seconds before a broken connection is made again; three times as long each further time.
+        connect: How to connect; ``None``: as the device's address says.
+
+    Raises:
+        DeviceError: It cannot be reached, or no folder can be made there.
+    """
+    session = Session(device, connect or _connector(accept_new, progress), progress, leftovers or Leftovers(), pause)
+    try:
+        await session.open()
+        yield session
+    except BaseException:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(session.leave(patient=False), _GRACE)
+        session.remember()
+        raise
+    try:
+        await session.leave(patient=True)
+    finally:
+        session.remember()
+
+
+def _connector(accept_new: bool, progress: Progress) -> _Connect:
+    passwords: dict[str, str] = {}
+
+    async def connect(device: Device) -> Link:
+        if device.local:
+            return LocalLink()
+        try:
+            from zsq_deploy.device import ssh
+        except ImportError as error:
+            raise UsageError(
+                f"SSH needs a library that is not installed ({error})",
+                where=device.address,
+                remedy="pip install 'zsq-deploy[ssh]'; or by hand: zsq bundle, copy, run, and zsq bench --result",
+            ) from error
+        return await ssh.connect(device, accept_new=accept_new, passwords=passwords, say=progress.say)
+
+    return connect
+
+
+class Session:
+    """A visit; made by :func:`visit`."""
+
+    def __init__(
+        self, device: Device, connect: _Connect, progress: Progress, leftovers: Leftovers, pause: float
+    ) -> None:
+        self.device = device
+        self.folder = ""
+        self._connect = connect
+        self._progress = progress
+        self._leftovers = leftovers
+        self._pause = pause
+        self._link: Link | None = None
+        self._name = PREFIX + secrets.token_hex(8)
+        self._agent_sent = False
+        self._jobs = 0
+
+    @property
+    def _where(self) -> str:
+        return f"{self.device.name} ({self.device.address})"
+
+    def _say(self, text: str) -> None:
+        self._progress.say(f"{self.device.name}: {text}")
+
+    # --- the line -----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and make the folder."""
+        try:
+            self._link = await self._connect(self.device)
+        except BrokenLinkError as error:
+            raise DeviceError(
+                f"the device cannot be reached ({error})",
+                where=self._where,
+                remedy="check that it is on, its address and port, and that its SSH server runs; then run the command again",
+            ) from error
+        await self._sweep()
+
+        async def make(link: Link) -> str:
+            with contextlib.suppress(DeviceError):  # it may have been made before the connection broke
+                if self.folder:
+                    await link.remove(self.folder)
+            return await link.make_folder(self.device.folder, self._name)
+
+        self.folder = await self._through("its folder was made", make)
+
+    async def _sweep(self) -> None:
+        """Remove what earlier visits had to leave behind."""
+        for folder in self._leftovers.of(self.device.address):
+
+            async def remove(link: Link, folder: str = folder) -> None:
+                await link.remove(folder)
+
+            try:
+                await self._through("an old folder was removed", remove)
+            except DeviceError as error:
+                self._say(f"the folder of an earlier visit is still there: {error.what}")
+                continue
+            self._leftovers.forget(self.device.address, folder)
+            self._say(f"removed the folder of an earlier visit, {folder}")
+
+    async def _through(
+        self, during: str, work: Callable[[Link], Awaitable[_T]], how_far: Callable[[], str] = str
+    ) -> _T:
+        """Do something over the link, and do it again over a new one if the link breaks."""
+        broken = 0
+        while True:
+            try:
+                if self._link is None:
+                    self._link = await self._connect(self.device)
+                return await work(self._link)
+            except BrokenLinkError as error:
+                await self._drop()
+                broken += 1
+                if broken > RETRIES:
+                    raise self._lost(during, how_far(), error) from error
+                wait = self._pause * 3 ** (broken - 1)
+                self._say(
+                    f"the connection broke while {during}{how_far()} ({error}); trying again in {wait:.0f} s "
+                    f"({broken} of {RETRIES})"
+                )
+                await asyncio.sleep(wait)
+
+    def _lost(self, during: str, how_far: str, error: BrokenLinkError) -> DeviceError:
+        left = ""
+        if self.folder:
+            left = f"; {self.folder} was left there, and is removed the next time zsq connects to it"
+        return DeviceError(
+            f"the connection broke while {during}{how_far}, and could not be made again in {RETRIES} attempts ({error}); "
+            "nothing of this run was written into the report",
+            where=self._where,
+            remedy="check power and network of the device, then run the same command again" + left,
+        )
+
+    async def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            with contextlib.suppress(Exception):
+                await link.close()
+
+    async def leave(self, *, patient: bool) -> None:
+        """Remove the folder and close the connection; if that cannot be done, the folder is remembered for the next visit."""
+        if self.folder:
+
+            async def remove(link: Link) -> None:
+                await link.remove(self.folder)
+
+            if patient:
+                try:
+                    await self._through("its folder was removed", remove)
+                    self.folder = ""
+                except DeviceError as error:
+                    self._say(f"{self.folder} was left there ({error.what}); it is removed on the next visit")
+            else:
+                if self._link is None:
+                    self._link = await self._connect(self.device)
+                await remove(self._link)
+                self.folder = ""
+        await self._drop()
+
+    def remember(self) -> None:
+        """Keep in mind a folder that is still there."""
+        if self.folder:
+            self._leftovers.add(self.device.address, self.folder)
+
+    # --- the work -----------------------------------------------------------------------------------------------------
+
+    async def _send(self, source: Path, name: str, title: str, *, whole: bool = False) -> bool:
+        """Copy a file; whether it was put together from pieces."""
+        path, size = f"{self.folder}/{name}", source.stat().st_size
+        done, pieces = 0, 0
+
+        # The agent is small: it goes without a bar.
+        watch = SILENT if source.name == "agent.py" else self._progress
+        with watch.task(f"{self.device.name}: {title}, kB", round(size / 1000)) as task:
+
+            async def copy(link: Link) -> None:
+                nonlocal done, pieces
+                there = 0 if whole and not pieces else await link.size(path) or 0
+                # All pieces but the last one are known to have arrived.
+                start = 0 if there > size else max(0, (there - 1) // CHUNK * CHUNK)
+                pieces += 1
+                _move(task, start - done)
+                done = start
+
+                def sent(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    _move(task, count)
+
+                await link.put(source, path, start, sent)
+                if await link.size(path) != size:
+                    raise BrokenLinkError("the copy is not as long as the file")
+
+            await self._through(f"{title} was copied", copy, lambda: f" ({done / 1e6:.1f} of {size / 1e6:.1f} MB)")
+        return pieces > 1
+
+    async def _command(self, *words: str) -> list[str]:
+        if not self._agent_sent:
+            await self._send(Path(agent.__file__), "agent.py", "the agent", whole=True)
+            self._agent_sent = True
+        python = self.device.python or (sys.executable if self.device.local else "python3")
+        return [python, f"{self.folder}/agent.py", "--events", "--tether", *words]
+
+    async def _run(self, link: Link, command: Sequence[str], hear: Callable[[dict[str, Any]], None]) -> Ended:
+        """Run the agent to its end, and hear what it says."""
+        running = await link.start(command)
+        try:
+            async for line in running.lines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    event = json.loads(line)
+                    if isinstance(event, dict) and isinstance(event.get("event"), str):
+                        hear(event)
+            return await running.ended()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                await running.stop()
+            raise
+
+    def _failed(self, ended: Ended, refused: str) -> DeviceError:
+        """Why the agent did not do what it should."""
+        if refused:
+            return DeviceError(
+                f"the agent refused: {refused}", where=self._where, remedy="do what it says, and run again"
+            )
+        said = [_plain(line) for line in ended.stderr.strip().splitlines()[-6:]]
+        shown = "; ".join(line for line in said if line) or "it said nothing"
+        python = self.device.python or "python3"
+        if ended.code in (126, 127):
+            return DeviceError(
+                f"{python} cannot be started on the device ({shown})",
+                where=self._where,
+                remedy="name an interpreter that is there, 3.9 or newer with numpy and the runtime: --python /path/to/python3",
+            )
+        if ended.signal or ended.code in (137, 143):
+            return DeviceError(
+                f"the agent was killed on the device (signal {ended.signal or (ended.code or 128) - 128}); {shown}",
+                where=self._where,
+                remedy="the device may be out of memory: use a smaller batch or fewer threads, or end other programs there",
+            )
+        return DeviceError(
+            f"the agent ended with code {ended.code}: {shown}",
+            where=self._where,
+            remedy="it needs Python 3.9 or newer with numpy and the runtime: name such an interpreter with --python",
+        )
+
+    async def probe(self) -> Probe:
+        """What the device is and has.
+
+        Raises:
+            DeviceError: The agent cannot run there.
+        """
+        found: dict[str, Any] = {}
+        command = await self._command("--probe")
+
+        async def ask(link: Link) -> Ended:
+            return await self._run(link, command, lambda event: found.update(event))
+
+        ended = await self._through("the device was looked at", ask)
+        if found.get("event") != "probe":
+            raise self._failed(ended, "")
+        return parse_probe(found, where=self._where)
+
+    async def run(self, job: Job, measure: Measure) -> Result:
+        """Copy a bundle, let the agent prove and measure it, and fetch the result.
+
+        Raises:
+            DeviceError: The connection is gone for good, the agent refused or failed, or the result is not that of this bundle.
+        """
+        self._jobs += 1
+        name = f"{self._jobs:02d}"
+        pieced = await self._send(job.archive, f"{name}.zsq.tar", f"bundle of {job.target}")
+        heard = await self._measure(job, measure, name)
+        if heard.refused and pieced:
+            self._say("the bundle did not arrive as it was sent; copying it once more")
+            await self._send(job.archive, f"{name}.zsq.tar", f"bundle of {job.target}", whole=True)
+            heard = await self._measure(job, measure, name)
+        if not heard.done:
+            raise self._failed(heard.ended, heard.refused)
+
+        async def fetch(link: Link) -> bytes:
+            return await link.get(f"{self.folder}/{name}.json", LIMIT)
+
+        data = await self._through("the result was fetched", fetch)
+        return parse_result(data, manifest_sha256=job.manifest_sha256, target=job.target, where=self._where)
+
+    async def _measure(self, job: Job, measure: Measure, name: str) -> _Heard:
+        words = [
+            "--bundle",
+            f"{self.folder}/{name}.zsq.tar",
+            "--out",
+            f"{self.folder}/{name}.json",
+            "--work",
+            self.folder,
+        ]
+        command = await self._command(*words, *measure.arguments())
+        heard = _Heard(job.target, self._say)
+        first = True
+
+        async def work(link: Link) -> None:
+            nonlocal first
+            if not first and await link.size(f"{self.folder}/{name}.json"):
+                heard.done = True  # the agent came to its end without us
+                return
+            first = False
+            heard.ended = await self._run(link, command, heard)
+
+        await self._through(f"{job.target} was measured", work, heard.how_far)
+        return heard
+
+
+class _Heard:
+    """What the agent said while it worked."""
+
+    def __init__(self, target: str, say: Callable[[str], None]) -> None:
+        self._target = target
+        self._say = say
+        self._phase = ""
+        self.done = False
+        self.refused = ""
+        self.ended = Ended(None)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Hear one line."""
+        what = str(event["event"])
+        texts = {
+            "waiting": "waiting for the agent of the broken connection to end",
+            "digests": "checking the bundle",
+            "loading": "loading the engine",
+            "parity": "comparing with the references",
+            "latency": f"measuring latency for {_number(event.get('seconds'))} s",
+            "throughput": f"measuring throughput for {_number(event.get('seconds'))} s",
+        }
+        if what == "done":
+            self.done = True
+        elif what == "refused":
+            self.refused = _plain(str(event.get("message", "")))[:600] or "without a reason"
+        elif what in texts and (what != self._phase):
+            self._phase = what
+            self._say(f"{self._target}: {texts[what]}")
+
+    def how_far(self) -> str:
+        """For a message about a broken connection."""
+        return f" ({self._phase})" if self._phase else ""
+
+
+def _move(task: Task, count: int) -> None:
+    task.advance(count / 1000)
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else "some"
+
+
+def _plain(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:600]
