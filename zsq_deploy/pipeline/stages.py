@@ -276,6 +276,8 @@ def _verify_finished(
         for name, section in sections.items():
             before = earlier["targets"].get(name, {})
             section["engine"].update(candidates=before.get("engine", {}).get("candidates", []))
+            if before.get("engine", {}).get("sha256") == section["engine"]["sha256"]:
+                section["devices"] = before.get("devices", {})  # the same engine: what devices said of it still holds
         sections = {**{k: v for k, v in earlier["targets"].items() if k not in sections}, **sections}
     elif (folder / "calibration").is_dir():
         made = CalibrationSet.open(folder / "calibration")
