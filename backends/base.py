@@ -73,6 +73,7 @@ class BuildSettings:
         rounding: ``nearest``, or ``squant``: rounding errors cancel in each output channel (:mod:`zsq_deploy.quant.algebra.squant`).
         exact_scales: Scales on which engine and reference agree exactly (:mod:`zsq_deploy.quant.exact_scales`).
         float_type: Type of what is computed in float: ``float32``, ``float16`` or ``bfloat16``, written into the graph itself.
+        float_macs: Share of the multiply-accumulates that may stay in float where 8 bits lose too much; ``None``: the runtime's own choice.
         compress_weights: Compress weights in this way (``int8_sym``, ...) instead of quantizing; ``None``: quantize.
         vendor: What one quantizer is told in its own words: quantizer -> word -> value; only what differs from its defaults.
     """
@@ -86,6 +87,7 @@ class BuildSettings:
     rounding: str = "nearest"
     exact_scales: bool = True
     float_type: str = "float32"
+    float_macs: float | None = None
     compress_weights: str | None = None
     vendor: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

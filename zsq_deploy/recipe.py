@@ -304,6 +304,13 @@ class QuantizationSection(_Section):
         default="float32",
         description="TensorRT 10 and 11: the type that the graph gives to what is computed outside of Q/DQ pairs.",
     )
+    float_macs: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="TensorRT: share of the multiply-accumulates that layers left in float may have, where 8 bits lose too much on synthetic "
+        "images (default 0.125; 0: all stay in 8 bits).",
+    )
     rounding: Literal["nearest", "squant"] = Field(
         default="nearest",
         description="How weights are rounded in our Q/DQ graphs: nearest; squant: so that errors cancel in each output channel (worth it below "

@@ -186,6 +186,12 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             where="--float-type",
             remedy="leave it out, or deploy the TensorRT targets in a run of their own",
         )
+    if settings.float_macs is not None:
+        raise UsageError(
+            f"for target {target.name!r} a search decides which layers stay in float, not a limit",
+            where="--float-macs",
+            remedy="name them with --exclude, or deploy the TensorRT targets in a run of their own",
+        )
     return BuildOptions(
         bits=settings.bits,
         op_types=settings.op_types,

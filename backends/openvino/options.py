@@ -296,6 +296,12 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             where="--float-type",
             remedy="leave it out, or deploy the TensorRT targets in a run of their own",
         )
+    if settings.float_macs is not None:
+        raise UsageError(
+            f"for target {target.name!r} a search decides which layers stay in float, not a limit",
+            where="--float-macs",
+            remedy="name them with --exclude, or deploy the TensorRT targets in a run of their own",
+        )
     vendor = {name: dict(words) for name, words in settings.vendor.items()}
     pot = vendor.get("pot", {})
     if pot.get("config_path") is not None:

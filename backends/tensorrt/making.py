@@ -15,11 +15,13 @@ import torch
 
 from zsq_deploy.backends.base import Target
 from zsq_deploy.backends.measured import quality
+from zsq_deploy.backends.tensorrt.centring import centre
 from zsq_deploy.backends.tensorrt.halves import to_half
 from zsq_deploy.backends.tensorrt.implicit import cache_of
 from zsq_deploy.backends.tensorrt.options import BuildOptions
 from zsq_deploy.backends.tensorrt.placement import Placed, floats_of, place_int4, place_qdq
 from zsq_deploy.backends.tensorrt.reference import reference_of_cache
+from zsq_deploy.backends.tensorrt.sparing import ENOUGH_DB, Spared, spare
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.model.twin import Twin
@@ -45,7 +47,7 @@ _EXACT_DB = 0.5
 runtimes, and how its kernels round is not known: there is less to win, and more to lose."""
 
 _SEARCH_DB = 0.3
-"""How much better a reference has to be for its narrower ranges to be taken."""
+"""How much better a reference has to be for its narrower ranges, or its centred Clips, to be taken."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Job:
         calibration: The calibration set, or ``None``.
         probes: Structured pictures (input name -> array), or ``None``.
         progress: Watches.
+        network: Another form of the folded network, which computes the same; `ranges` belong to it then.
     """
 
     model: Any
@@ -86,10 +89,13 @@ class Job:
     calibration: Any
     probes: Mapping[str, Array] | None
     progress: Progress
+    network: Graph | None = None
 
     @property
     def folded(self) -> Graph:
         """The float network, batch normalization folded."""
+        if self.network is not None:
+            return self.network
         graph: Graph = self.model.folded().graph
         return graph
 
@@ -140,16 +146,68 @@ class Job:
         if options.weight_only:
             placed = place_int4(self.folded, self.target, options)
             return self._finished(placed, options, placed.notes)
-        given = options.biases
-        placed, options, notes = self.corrected(options)
+        job, moved = self.centred(options)
+        placed, settled, notes = job.settled(options)
+        spared = job.spared(placed, options.with_(exact_scales=settled.exact_scales))
+        if spared is not None:
+            placed, settled, notes = job.settled(options.with_(spared=spared.nodes))
+            spared = replace(spared, after=job.judged(placed.graph)["sqnr_db"])
+            notes = (*notes, spared.describe())
+        made = job._finished(placed, settled, (*moved, *notes))
+        return made if spared is None else replace(made, record={**made.record, **spared.record()})
+
+    def settled(self, options: BuildOptions) -> tuple[Placed, BuildOptions, tuple[str, ...]]:
+        """The Q/DQ graph with exact scales if they were asked for and cost little; what was kept of the options, and what to say."""
+        placed, kept, notes = self.corrected(options)
         if not options.exact_scales or self.calibration is None:
-            return self._finished(placed, options, notes)
-        free, changed, said = self.corrected(options.with_(exact_scales=False, biases=given))
+            return placed, kept, notes
+        free, changed, said = self.corrected(options.with_(exact_scales=False))
         exact_db, free_db = (self.judged(graph)["sqnr_db"] for graph in (placed.graph, free.graph))
         if exact_db >= free_db - _EXACT_DB:
-            return self._finished(placed, options, notes)
+            return placed, kept, notes
         words = f"exact scales would cost {free_db - exact_db:.1f} dB on synthetic images: they are left free"
-        return self._finished(free, changed, (*said, words))
+        return free, changed, (*said, words)
+
+    def centred(self, options: BuildOptions) -> tuple[Job, tuple[str, ...]]:
+        """The job with Clips in the middle of the signed range, if there are any and that makes a better reference.
+
+        Biases and weights that were given belong to the network as it is, so nothing is moved then.
+        """
+        if self.calibration is None or not isinstance(self.ranges, Ranges) or options.biases or options.weights:
+            return self, ()
+        found = centre(self.folded, self.ranges)
+        if not found.moved:
+            return self, ()
+        other = replace(self, network=found.graph, ranges=self.ranges.updated(found.ranges))
+        plain = options.with_(exact_scales=False)
+        before, after = (job.judged(job.corrected(plain)[0].graph)["sqnr_db"] for job in (self, other))
+        if after < before + _SEARCH_DB:
+            return self, ()
+        words = f"{len(found.moved)} Clips centred, constants alone changed: {after:.1f} dB against {before:.1f} dB"
+        return other, (f"{words}, on synthetic images",)
+
+    def spared(self, placed: Placed, options: BuildOptions) -> Spared | None:
+        """The layers to leave in float where the reference is too far from the float network; needs a set."""
+        if self.calibration is None or options.float_macs <= 0.0:
+            return None
+        before = self.judged(placed.graph)["sqnr_db"]
+        if before >= ENOUGH_DB:
+            return None
+
+        def measure(changed: BuildOptions) -> float:
+            return self.judged(self.corrected(changed)[0].graph)["sqnr_db"]
+
+        kinds = [list(kind) for kind in self._judges()]
+        return spare(
+            self.folded,
+            self.ranges,
+            self.target,
+            options,
+            kinds,
+            before=before,
+            measure=measure,
+            progress=self.progress,
+        )
 
     def corrected(self, options: BuildOptions) -> tuple[Placed, BuildOptions, tuple[str, ...]]:
         """The Q/DQ graph, with corrected biases if they were asked for and help; and what to say of it."""
@@ -187,7 +245,7 @@ class Job:
 
     def _biases(self, reference: Graph) -> dict[str, Array]:
         looked_at = self.calibration.take(0, min(_BIAS_IMAGES, len(self.calibration))).batches(self.size)
-        return correct_bias(self.model.folded(), reference, looked_at, progress=self.progress)
+        return correct_bias(self.folded, reference, looked_at, progress=self.progress)
 
     def _judge(self, before: Graph, after: Graph) -> tuple[bool, str]:
         """Whether corrected biases help on images at the other end of the set, and what to say of it."""
@@ -204,12 +262,14 @@ class Job:
         """
         if self.calibration is None:
             return {}
-        images = self.calibration.take(max(0, len(self.calibration) - _JUDGE_IMAGES)).batches(self.size)
-        found = [quality_of(self.model, graph, images)]
-        if self.probes is not None:
-            found.append(quality_of(self.model, graph, self._pictures()))
-        agreement, ratio = np.mean(found, axis=0)
+        agreement, ratio = np.mean([quality_of(self.model, graph, kind) for kind in self._judges()], axis=0)
         return {"agreement": float(agreement), "sqnr_db": float(ratio)}
+
+    def _judges(self) -> Iterator[Iterable[Feeds]]:
+        """The images that decide, one kind after the other."""
+        yield self.calibration.take(max(0, len(self.calibration) - _JUDGE_IMAGES)).batches(self.size)
+        if self.probes is not None:
+            yield self._pictures()
 
     def _pictures(self) -> Iterator[dict[str, Array]]:
         assert self.probes is not None

@@ -14,7 +14,7 @@ from zsq_deploy.backends.tensorrt.ranges import METHODS
 from zsq_deploy.backends.tensorrt.targets import generation
 from zsq_deploy.errors import UsageError
 
-__all__ = ["BITS", "CALIBRATORS", "FLOATS", "QUANTIZERS", "BuildOptions", "options_from"]
+__all__ = ["BITS", "CALIBRATORS", "FLOATS", "FLOAT_MACS", "QUANTIZERS", "BuildOptions", "options_from"]
 
 QUANTIZERS: tuple[str, ...] = ("auto", "qdq", "implicit")
 """Who quantizes: we, with our own placement of Q/DQ (``auto``, ``qdq``); or TensorRT itself, from the float network and a calibration
@@ -26,6 +26,10 @@ CALIBRATORS: tuple[str, ...] = tuple(f"tensorrt-{method}" for method in METHODS)
 
 FLOATS: tuple[str, ...] = ("float32", "float16", "bfloat16")
 """Types of what is computed outside of Q/DQ pairs."""
+
+FLOAT_MACS = 0.125
+"""Share of the multiply-accumulates that may stay in float where 8 bits lose too much, unless the user says otherwise: an eighth. In the
+narrowest MobileNetV1 the depthwise convolutions are a tenth."""
 
 BITS: tuple[str, ...] = ("w8a8", "w4a32")
 """Bits of weights and activations; ``w4a32`` stores the weights of matrix products in 4 bits, in blocks, and computes in float."""
@@ -51,6 +55,9 @@ class BuildOptions:
         block: Most weights that share a scale with ``w4a32``: 64 or 128.
         quantizer: ``qdq``, or ``implicit``: the float network and a calibration cache.
         float_type: One of :data:`FLOATS`: the type that the graph itself gives to what is computed in float.
+        float_macs: Share of the multiply-accumulates that layers left in float may have, where 8 bits lose too much
+            (:mod:`zsq_deploy.backends.tensorrt.sparing`); 0: none is left in float.
+        spared: Names of the nodes that are left in float for that reason.
         label: Short name in reports.
     """
 
@@ -68,6 +75,8 @@ class BuildOptions:
     block: int = 128
     quantizer: str = "qdq"
     float_type: str = "float32"
+    float_macs: float = 0.0
+    spared: tuple[str, ...] = ()
     label: str = "qdq"
 
     def __post_init__(self) -> None:
@@ -84,6 +93,12 @@ class BuildOptions:
                     where=where,
                     remedy=f"choose one of {', '.join(str(item) for item in allowed)}",
                 )
+        if not 0.0 <= self.float_macs < 1.0:
+            raise UsageError(
+                f"{self.float_macs} is no share of the multiply-accumulates that may stay in float",
+                where="--float-macs",
+                remedy=f"give a number from 0 (none) to below 1, or leave it out ({FLOAT_MACS})",
+            )
 
     @property
     def weight_only(self) -> bool:
@@ -109,6 +124,8 @@ class BuildOptions:
             "block": self.block if self.weight_only else 0,
             "op_types": None if self.op_types is None else list(self.op_types),
             "exclude": list(self.exclude),
+            "float_macs": self.float_macs,
+            "spared_nodes": list(self.spared),
             "attention": self.attention,
             "weight_method": self.weight_method,
             "rounding": self.rounding,
@@ -176,12 +193,27 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             where="--float-type",
             remedy="leave --float-type out, and build with HALF=1 on the device",
         )
+    if settings.rounding == "learned":
+        raise UsageError(
+            "rounding is not learned for TensorRT",
+            where="--rounding",
+            remedy="choose --rounding squant, or deploy ONNX Runtime and OpenVINO targets in a run of their own",
+        )
     if settings.rounding != "nearest" and (implicit or settings.weight_only):
         raise UsageError(
             "TensorRT rounds the weights itself" if implicit else "weights in blocks are rounded to nearest",
             where="--rounding",
             remedy="leave it out, or ask for --quantizer qdq with --bits w8a8",
         )
+    if settings.float_macs is not None and (implicit or settings.weight_only):
+        raise UsageError(
+            "TensorRT decides itself what computes in float"
+            if implicit
+            else "with 4-bit weights everything computes in float",
+            where="--float-macs",
+            remedy="leave it out, or ask for --quantizer qdq with --bits w8a8",
+        )
+    given = FLOAT_MACS if settings.float_macs is None else settings.float_macs
     name = "implicit" if implicit else "qdq"
     return BuildOptions(
         op_types=settings.op_types,
@@ -193,5 +225,6 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         bits=settings.bits,
         quantizer=name,
         float_type=settings.float_type,
+        float_macs=0.0 if implicit or settings.weight_only else given,
         label=name,
     )

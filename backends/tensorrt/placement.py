@@ -174,7 +174,7 @@ def plan_nodes(graph: Graph, ranges: Ranges, options: BuildOptions) -> tuple[tup
         UsageError: A name to exclude is not in the graph.
         EngineError: Nothing can be quantized.
     """
-    unknown = sorted(name for name in options.exclude if name not in graph)
+    unknown = sorted(name for name in (*options.exclude, *options.spared) if name not in graph)
     if unknown:
         raise UsageError(
             f"nodes to exclude are not in the network: {', '.join(unknown[:5])}",
@@ -189,6 +189,8 @@ def plan_nodes(graph: Graph, ranges: Ranges, options: BuildOptions) -> tuple[tup
             continue
         if node.name in options.exclude:
             skipped[node.name] = "excluded by the options"
+        elif node.name in options.spared:
+            skipped[node.name] = "8 bits would lose too much here, on synthetic images"
         elif node.op_type not in wanted:
             skipped[node.name] = f"{node.op_type} is not among the operators to quantize"
         elif problem := _problem(graph, node, ranges, options.attention):

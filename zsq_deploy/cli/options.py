@@ -202,6 +202,15 @@ FloatTypeOpt = Annotated[
         rich_help_panel=_QUANTIZE,
     ),
 ]
+FloatMacsOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--float-macs",
+        metavar="SHARE",
+        help="TensorRT: how much of the arithmetic may stay in float where 8 bits lose too much (default 0.125; 0: nothing).",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
 SearchOpt = Annotated[
     bool,
     typer.Option(

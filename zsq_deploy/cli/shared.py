@@ -75,6 +75,7 @@ QUANTIZATION = (
         equalize=(o.EqualizeOpt, False),
         exact_scales=(o.ExactOpt, True),
         float_type=(o.FloatTypeOpt, "float32"),
+        float_macs=(o.FloatMacsOpt, None),
         search=(o.SearchOpt, True),
         exclude=(o.ExcludeOpt, None),
         compress_weights=(o.CompressOpt, None),

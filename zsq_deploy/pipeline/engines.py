@@ -63,6 +63,7 @@ def settings_of(recipe: Recipe) -> EngineSettings:
         rounding=spec.rounding,
         exact_scales=spec.exact_scales,
         float_type=spec.float_type,
+        float_macs=spec.float_macs,
         compress_weights=spec.compress_weights,
         vendor=spec.vendor,
         bias_correction=spec.bias_correction,
