@@ -71,7 +71,7 @@ def test_the_gradients_of_a_block_are_those_of_the_written_loss(relative):
             h = torch.clamp(torch.sigmoid(logits) * 1.2 - 0.1, 0, 1)
             used = factor * scale if relative else factor
             constants[item.layer.weight] = torch.clamp(base + h, weight.scheme.qmin, weight.scheme.qmax) * used
-            constants[item.layer.bias] = item.bias
+            constants[item.layer.bias] = torch.from_numpy(learner.state.bias_numbers(item.layer).copy())
             penalty = penalty + strength * (1 - (2 * h - 1).abs() ** beta).sum()
             fresh.append((logits, factor))
             raw = (base + h).detach()

@@ -7,7 +7,7 @@ rounding (QDrop, Wei et al. 2022). It starts from a Q/DQ graph rounded to neares
 
 from zsq_deploy.quant.reconstruct.api import BlockReport, Reconstruction, reconstruct, round_to_nearest
 from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
-from zsq_deploy.quant.reconstruct.presets import PRESETS, Preset
+from zsq_deploy.quant.reconstruct.presets import PRESETS, Preset, Tuning
 from zsq_deploy.quant.reconstruct.protocol import PROTOCOLS, Bits, LayerBits, Protocol
 from zsq_deploy.quant.reconstruct.writing import clip_codes
 
@@ -21,6 +21,7 @@ __all__ = [
     "Preset",
     "Protocol",
     "Reconstruction",
+    "Tuning",
     "clip_codes",
     "find_blocks",
     "reconstruct",

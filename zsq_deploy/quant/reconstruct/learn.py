@@ -20,6 +20,7 @@ from zsq_deploy.quant.reconstruct.quantizers import (
     RoundedWeight,
     dropped,
     initial_logits,
+    on_grid,
     round_activation,
 )
 from zsq_deploy.quant.reconstruct.runner import Runner
@@ -190,8 +191,16 @@ class BlockLearner:
                 bias = item.bias
                 if item.bias_shift is not None and item.bias_unit is not None:
                     bias = bias + item.bias_shift * item.bias_unit
+                if item.layer.integer_bias:
+                    bias = on_grid(bias, self._input_scale(item.layer.x) * scale.detach().reshape(-1))
                 found[item.layer.bias] = bias
         return found
+
+    def _input_scale(self, group: str) -> float | Tensor:
+        """Scale of what a layer reads; it may have been learned by a block before."""
+        if group in self.factors:
+            return self.factors[group].detach() * self.units[group]
+        return self.state.activations[group].scale
 
     def _limits(self, item: _Learned) -> tuple[Any, Any]:
         zero = item.weight.along(item.weight.zero_point)

@@ -32,6 +32,7 @@ __all__ = [
     "RoundedWeight",
     "dropped",
     "initial_logits",
+    "on_grid",
     "rectified_sigmoid",
     "round_activation",
     "weight_scales",
@@ -155,6 +156,19 @@ def weight_scales(w: Array, scheme: Scheme, axis: int | None, *, power: float, c
     if axis is None:
         return scale.astype(np.float32).reshape(()), zero.astype(np.int32).reshape(())
     return scale.astype(np.float32), zero.astype(np.int32)
+
+
+def on_grid(bias: Tensor, step: Tensor) -> Tensor:
+    """A bias on the grid of its int32 codes, straight through the rounding; at few bits that grid is coarse enough to matter.
+
+    Args:
+        bias: ``[C]`` or ``()``.
+        step: Scale of the input times scale of the weight, ``[C]`` or one for all; it gets no gradient.
+    """
+    with torch.no_grad():
+        step = step.reshape(()) if step.numel() == 1 else step
+        gone = torch.round(bias / step) * step - bias
+    return bias + gone
 
 
 # -- activations --

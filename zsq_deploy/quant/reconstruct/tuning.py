@@ -23,7 +23,7 @@ from zsq_deploy.quant.reconstruct.blocks import Block
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.learn import draws
 from zsq_deploy.quant.reconstruct.presets import Tuning
-from zsq_deploy.quant.reconstruct.quantizers import round_activation
+from zsq_deploy.quant.reconstruct.quantizers import on_grid, round_activation
 from zsq_deploy.quant.reconstruct.runner import Runner
 from zsq_deploy.quant.reconstruct.state import Activation, State, Weight
 from zsq_deploy.quant.reconstruct.template import Layer
@@ -161,7 +161,8 @@ class Tuner:
                 part.steps, part.factor * part.unit, part.low, part.high
             )
             if part.bias is not None and part.bias_unit is not None and part.bias_shift is not None:
-                constants[part.layer.bias] = part.bias + part.bias_shift * part.bias_unit
+                bias = part.bias + part.bias_shift * part.bias_unit
+                constants[part.layer.bias] = on_grid(bias, self._bias_step(part)) if part.layer.integer_bias else bias
         rounding = {}
         for site in self.sites:
             activation = self.state.activations[site.group]
@@ -169,6 +170,11 @@ class Tuner:
             limits = activation.limits(site.floor, site.ceiling)
             rounding[site.output] = lambda x, scale=scale, limits=limits: round_activation(x, scale, limits)
         return self.runner.learning(self.block, inputs, constants, rounding)
+
+    def _bias_step(self, part: _Part) -> Tensor:
+        """What an integer bias is a multiple of: scale of the input times scales of the weight."""
+        x = self.factors[part.layer.x].detach() * self.state.activations[part.layer.x].scale
+        return x * (part.factor.detach() * part.unit).reshape(-1)
 
     def _teach(self, cache: Cache, images: int) -> None:
         """The float network's outputs of all images, and their variance."""
