@@ -14,6 +14,7 @@ import markupsafe
 from zsq_deploy.artifact import atomic_writer
 from zsq_deploy.errors import ZsqError
 from zsq_deploy.report import plots, quality, words
+from zsq_deploy.report.devices import device_rows, remarks
 from zsq_deploy.report.schema import (
     AccuracySection,
     ParityNumbers,
@@ -389,6 +390,8 @@ def _target(report: Report, name: str, target: TargetSection, index: int) -> dic
         "choices": _flat(target.engine.choices),
         "files": _files(target),
         "device": _flat(target.device),
+        "devices": device_rows(report, name) if target.devices else [],
+        "device_remarks": remarks(report, name),
         "control": _control(target),
         "runners": [
             (label, numbers)
