@@ -124,7 +124,7 @@ def bench(
         return _here(folder, target, threads, rounds, progress, as_json)
 
     from zsq_deploy.device.inventory import Inventory
-    from zsq_deploy.device.session import Measure
+    from zsq_deploy.device.work import Measure
     from zsq_deploy.pipeline import on_device
 
     if result is not None:

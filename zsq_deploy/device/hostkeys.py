@@ -54,6 +54,13 @@ class HostKeys:
         """Decide about a key that is not among the known ones of its host; the reason for a "no" is kept in `problem`."""
         name, print_ = entry_name(host, port), key.get_fingerprint()
         kind = key.get_algorithm()
+        if key in self._revoked(host, address, port):
+            self.problem = DeviceError(
+                f"the host key of {name} is revoked: {kind} {print_}",
+                where=str(self.file),
+                remedy="do not connect; ask whoever runs the device",
+            )
+            return False
         known = self.known.match(host, address, None if port == _DEFAULT_PORT else port)[0]
         if known:
             shown = ", ".join(f"{one.get_algorithm()} {one.get_fingerprint()}" for one in known)
@@ -75,6 +82,11 @@ class HostKeys:
         self._remember(name, key)
         self.accepted = f"host key of {name} is new and remembered from now on: {kind} {print_} ({self.file})"
         return True
+
+    def _revoked(self, host: str, address: str, port: int) -> list[asyncssh.SSHKey]:
+        # The library forgets what is revoked of a host on another port that has no known key.
+        names = {host, address, entry_name(host, port), entry_name(address, port)}
+        return [key for name in names if name for key in self.known.match(name, "", None)[2]]
 
     def _remember(self, name: str, key: asyncssh.SSHKey) -> None:
         kind, data = key.export_public_key("openssh").decode().split()[:2]

@@ -15,7 +15,6 @@ import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +23,11 @@ from zsq_deploy.device.address import Device
 from zsq_deploy.device.leftovers import Leftovers
 from zsq_deploy.device.link import CHUNK, PREFIX, BrokenLinkError, Ended, Link, LocalLink
 from zsq_deploy.device.result import LIMIT, Probe, Result, parse_probe, parse_result
+from zsq_deploy.device.work import Heard, Job, Measure, plain
 from zsq_deploy.errors import DeviceError, UsageError
-from zsq_deploy.progress import SILENT, Progress, Task
+from zsq_deploy.progress import SILENT, Progress
 
-__all__ = ["Job", "Measure", "Session", "visit"]
+__all__ = ["Session", "visit"]
 
 _T = TypeVar("_T")
 _Connect = Callable[[Device], Awaitable[Link]]
@@ -35,47 +35,10 @@ _Connect = Callable[[Device], Awaitable[Link]]
 RETRIES = 3
 """Connections that are made again in one phase."""
 
+PAUSE = 1.0
+"""Seconds before a broken connection is made again; three times as long each further time."""
+
 _GRACE = 20.0  # seconds that cleaning up may take when something else went wrong
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What the agent is told.
-
-    Attributes:
-        threads: Threads inside an operator.
-        affinity: Cores; ``None``: any.
-        seconds: How long runs are timed.
-        runs: And how many at least.
-        streams: Engines at once for the throughput; 0: it is not measured.
-    """
-
-    threads: int = 1
-    affinity: str | None = None
-    seconds: float = 5.0
-    runs: int = 20
-    streams: int = 0
-
-    def arguments(self) -> list[str]:
-        """As the agent's options."""
-        words = ["--threads", str(self.threads), "--seconds", str(self.seconds), "--runs", str(self.runs)]
-        words += ["--streams", str(self.streams)]
-        return [*words, "--affinity", self.affinity] if self.affinity else words
-
-
-@dataclass(frozen=True)
-class Job:
-    """A bundle to run.
-
-    Attributes:
-        archive: The ``.zsq.tar``.
-        target: Its target.
-        manifest_sha256: Digest of its ``bundle.json``.
-    """
-
-    archive: Path
-    target: str
-    manifest_sha256: str
 
 
 @asynccontextmanager
@@ -85,7 +48,6 @@ async def visit(
     accept_new: bool = False,
     progress: Progress = SILENT,
     leftovers: Leftovers | None = None,
-    pause: float = 1.0,
     connect: _Connect | None = None,
 ) -> AsyncIterator[Session]:
     """Connect to a device and make a folder there; remove it in the end.
@@ -95,13 +57,12 @@ async def visit(
         accept_new: Take the host key of a device that is not known.
         progress: Where to report.
         leftovers: Folders that earlier visits could not remove.
-        pause: Seconds before a broken connection is made again; three times as long each further time.
         connect: How to connect; ``None``: as the device's address says.
 
     Raises:
         DeviceError: It cannot be reached, or no folder can be made there.
     """
-    session = Session(device, connect or _connector(accept_new, progress), progress, leftovers or Leftovers(), pause)
+    session = Session(device, connect or _connector(accept_new, progress), progress, leftovers or Leftovers())
     try:
         await session.open()
         yield session
@@ -138,15 +99,12 @@ def _connector(accept_new: bool, progress: Progress) -> _Connect:
 class Session:
     """A visit; made by :func:`visit`."""
 
-    def __init__(
-        self, device: Device, connect: _Connect, progress: Progress, leftovers: Leftovers, pause: float
-    ) -> None:
+    def __init__(self, device: Device, connect: _Connect, progress: Progress, leftovers: Leftovers) -> None:
         self.device = device
         self.folder = ""
         self._connect = connect
         self._progress = progress
         self._leftovers = leftovers
-        self._pause = pause
         self._link: Link | None = None
         self._name = PREFIX + secrets.token_hex(8)
         self._agent_sent = False
@@ -211,7 +169,7 @@ class Session:
                 broken += 1
                 if broken > RETRIES:
                     raise self._lost(during, how_far(), error) from error
-                wait = self._pause * 3 ** (broken - 1)
+                wait = PAUSE * 3 ** (broken - 1)
                 self._say(
                     f"the connection broke while {during}{how_far()} ({error}); trying again in {wait:.0f} s "
                     f"({broken} of {RETRIES})"
@@ -224,7 +182,7 @@ class Session:
             left = f"; {self.folder} was left there, and is removed the next time zsq connects to it"
         return DeviceError(
             f"the connection broke while {during}{how_far}, and could not be made again in {RETRIES} attempts ({error}); "
-            "nothing of this run was written into the report",
+            "the report is as it was before this measurement",
             where=self._where,
             remedy="check power and network of the device, then run the same command again" + left,
         )
@@ -268,7 +226,7 @@ class Session:
         done, pieces = 0, 0
 
         # The agent is small: it goes without a bar.
-        watch = SILENT if source.name == "agent.py" else self._progress
+        watch = SILENT if name == "agent.py" else self._progress
         with watch.task(f"{self.device.name}: {title}, kB", round(size / 1000)) as task:
 
             async def copy(link: Link) -> None:
@@ -277,13 +235,13 @@ class Session:
                 # All pieces but the last one are known to have arrived.
                 start = 0 if there > size else max(0, (there - 1) // CHUNK * CHUNK)
                 pieces += 1
-                _move(task, start - done)
+                task.advance((start - done) / 1000)
                 done = start
 
                 def sent(count: int) -> None:
                     nonlocal done
                     done += count
-                    _move(task, count)
+                    task.advance(count / 1000)
 
                 await link.put(source, path, start, sent)
                 if await link.size(path) != size:
@@ -320,7 +278,7 @@ class Session:
             return DeviceError(
                 f"the agent refused: {refused}", where=self._where, remedy="do what it says, and run again"
             )
-        said = [_plain(line) for line in ended.stderr.strip().splitlines()[-6:]]
+        said = [plain(line) for line in ended.stderr.strip().splitlines()[-6:]]
         shown = "; ".join(line for line in said if line) or "it said nothing"
         python = self.device.python or "python3"
         if ended.code in (126, 127):
@@ -381,7 +339,7 @@ class Session:
         data = await self._through("the result was fetched", fetch)
         return parse_result(data, manifest_sha256=job.manifest_sha256, target=job.target, where=self._where)
 
-    async def _measure(self, job: Job, measure: Measure, name: str) -> _Heard:
+    async def _measure(self, job: Job, measure: Measure, name: str) -> Heard:
         words = [
             "--bundle",
             f"{self.folder}/{name}.zsq.tar",
@@ -391,7 +349,7 @@ class Session:
             self.folder,
         ]
         command = await self._command(*words, *measure.arguments())
-        heard = _Heard(job.target, self._say)
+        heard = Heard(job.target, self._say)
         first = True
 
         async def work(link: Link) -> None:
@@ -404,50 +362,3 @@ class Session:
 
         await self._through(f"{job.target} was measured", work, heard.how_far)
         return heard
-
-
-class _Heard:
-    """What the agent said while it worked."""
-
-    def __init__(self, target: str, say: Callable[[str], None]) -> None:
-        self._target = target
-        self._say = say
-        self._phase = ""
-        self.done = False
-        self.refused = ""
-        self.ended = Ended(None)
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Hear one line."""
-        what = str(event["event"])
-        texts = {
-            "waiting": "waiting for the agent of the broken connection to end",
-            "digests": "checking the bundle",
-            "loading": "loading the engine",
-            "parity": "comparing with the references",
-            "latency": f"measuring latency for {_number(event.get('seconds'))} s",
-            "throughput": f"measuring throughput for {_number(event.get('seconds'))} s",
-        }
-        if what == "done":
-            self.done = True
-        elif what == "refused":
-            self.refused = _plain(str(event.get("message", "")))[:600] or "without a reason"
-        elif what in texts and (what != self._phase):
-            self._phase = what
-            self._say(f"{self._target}: {texts[what]}")
-
-    def how_far(self) -> str:
-        """For a message about a broken connection."""
-        return f" ({self._phase})" if self._phase else ""
-
-
-def _move(task: Task, count: int) -> None:
-    task.advance(count / 1000)
-
-
-def _number(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else "some"
-
-
-def _plain(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:600]

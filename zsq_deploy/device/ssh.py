@@ -19,7 +19,7 @@ import socket
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from zsq_deploy.errors import DeviceError
 __all__ = ["SshLink", "Timing", "connect"]
 
 _LAST = 8192
+_CLOSED = "SSH connection closed"  # how asyncssh refuses a channel over a connection that is gone
 _GONE = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.DisconnectError)
 
 
@@ -198,13 +199,15 @@ def _explain(error: Exception, keys: HostKeys, device: Device, where: str) -> Ex
 
 
 @contextmanager
-def _told(where: str, what: str) -> Iterator[None]:
+def _told(where: str, what: str, closed: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Say what went wrong on the device, and tell a broken connection from it."""
     try:
         yield
     except _GONE as error:
         raise BrokenLinkError(_plain(str(error)) or type(error).__name__) from error
     except asyncssh.SFTPError as error:
+        if closed():
+            raise BrokenLinkError(_plain(error.reason)) from error
         remedies = {
             asyncssh.SFTPPermissionDenied: "choose a folder that you may write to: ssh://user@host/folder",
             asyncssh.SFTPNoSuchFile: "choose a folder that is there: ssh://user@host/folder",
@@ -215,6 +218,8 @@ def _told(where: str, what: str) -> Iterator[None]:
         )
         raise DeviceError(f"{what} ({_plain(error.reason)})", where=where, remedy=remedy) from error
     except asyncssh.ChannelOpenError as error:
+        if error.reason == _CLOSED or closed():
+            raise BrokenLinkError(_plain(error.reason)) from error
         raise DeviceError(
             f"{what}: the device opens no session for it ({_plain(error.reason)})",
             where=where,
@@ -273,10 +278,13 @@ class SshLink:
         self._where = where
         self._files: asyncssh.SFTPClient | None = None
 
+    def _told(self, what: str) -> AbstractContextManager[None]:
+        return _told(self._where, what, self._connection.is_closed)
+
     async def _sftp(self) -> asyncssh.SFTPClient:
         if self._files is None:
             try:
-                with _told(self._where, "files cannot be copied"):
+                with self._told("files cannot be copied"):
                     self._files = await asyncio.wait_for(self._connection.start_sftp_client(), 60)
             except BrokenLinkError as error:
                 if self._connection.is_closed():
@@ -292,7 +300,7 @@ class SshLink:
     async def make_folder(self, parent: str | None, name: str) -> str:
         """Make a folder."""
         files = await self._sftp()
-        with _told(self._where, f"no folder can be made in {parent or 'the home'}"):
+        with self._told(f"no folder can be made in {parent or 'the home'}"):
             parent = parent or "."
             if parent == "~" or parent.startswith("~/"):
                 parent = "./" + parent[2:]
@@ -304,7 +312,7 @@ class SshLink:
     async def size(self, path: str) -> int | None:
         """Size of a file."""
         files = await self._sftp()
-        with _told(self._where, f"{path} cannot be looked at"):
+        with self._told(f"{path} cannot be looked at"):
             try:
                 found = await files.lstat(path)
             except asyncssh.SFTPNoSuchFile:
@@ -315,7 +323,7 @@ class SshLink:
     async def put(self, source: Path, path: str, start: int, sent: Callable[[int], None]) -> None:
         """Copy a file; one piece after the other, so that all but the last one are there whenever the connection breaks."""
         files = await self._sftp()
-        with _told(self._where, f"{path} cannot be written"), source.open("rb") as file:
+        with self._told(f"{path} cannot be written"), source.open("rb") as file:
             file.seek(start)
             async with files.open(path, "r+b" if start else "wb") as out:
                 place = start
@@ -327,16 +335,17 @@ class SshLink:
     async def get(self, path: str, limit: int) -> bytes:
         """Read a file."""
         files = await self._sftp()
-        with _told(self._where, f"{path} cannot be read"):
+        with self._told(f"{path} cannot be read"):
             async with files.open(path, "rb") as file:
-                return bytes(await file.read(limit + 1))
+                data = await file.read(limit + 1)
+        return data if isinstance(data, bytes) else data.encode()
 
     async def start(self, command: Sequence[str]) -> Running:
         """Start a program."""
         program = command[0]
         shown = "~/" + shlex.quote(program[2:]) if program.startswith("~/") else shlex.quote(program)
         line = f"{shown} {shlex.join(command[1:])}"
-        with _told(self._where, "the agent cannot be started"):
+        with self._told("the agent cannot be started"):
             process = await self._connection.create_process(line, encoding="utf-8", errors="replace")
         return _SshRun(process, self._where)
 
@@ -345,7 +354,7 @@ class SshLink:
         if not folder.rpartition("/")[2].startswith(PREFIX):
             return
         files = await self._sftp()
-        with _told(self._where, f"{folder} cannot be removed"):
+        with self._told(f"{folder} cannot be removed"):
             for wait in (0.2, 1.0, 0.0):  # an agent that was just ended may still be writing
                 try:
                     await files.rmtree(folder)

@@ -15,7 +15,8 @@ from zsq_deploy.device import agent
 from zsq_deploy.device.address import Device
 from zsq_deploy.device.bundle import open_bundle
 from zsq_deploy.device.result import LIMIT, Probe, Result, parse_result
-from zsq_deploy.device.session import Job, Measure, visit
+from zsq_deploy.device.session import visit
+from zsq_deploy.device.work import Job, Measure
 from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
 from zsq_deploy.pipeline.bundling import bundle_target
 from zsq_deploy.pipeline.deploy import write_report
