@@ -14,7 +14,7 @@ from zsq_deploy.model.twin import Twin
 from zsq_deploy.quant.reconstruct import Preset, Tuning, reconstruct
 from zsq_deploy.quant.reconstruct.api import start
 from zsq_deploy.quant.reconstruct.cache import Cache
-from zsq_deploy.quant.reconstruct.images import with_mirror_images
+from zsq_deploy.quant.reconstruct.images import with_mirror_images, with_shifted_images
 from zsq_deploy.quant.reconstruct.runner import Runner
 from zsq_deploy.quant.reconstruct.tuning import SteppedWeight, Tuner, output_error
 from zsq_deploy.quant.reconstruct.writing import write
@@ -163,6 +163,24 @@ def test_mirror_images_follow_the_images(data):
     assert both.digest != data.digest
 
 
+def test_shifted_images_are_the_same_however_the_set_is_cut(data):
+    more = with_shifted_images(data, 2, seed=3)
+    x = data.arrays()["image"]
+    found = np.concatenate([batch["image"] for batch in more.batches(20)])
+    assert len(more) == len(found) == 3 * len(data)
+    np.testing.assert_array_equal(found, np.concatenate([batch["image"] for batch in more.batches(7)]))
+    np.testing.assert_array_equal(found[: len(x)], x)
+    seen = set()
+    for number, moved in enumerate(found[len(x) :]):  # 12 pixels: at most one to each side
+        image = np.pad(x[number % len(x)], ((0, 0), (1, 1), (1, 1)), mode="reflect")
+        fits = [(a, b) for a in range(3) for b in range(3) if np.array_equal(moved, image[:, a : a + 12, b : b + 12])]
+        assert len(fits) == 1
+        seen.update(fits)
+    assert len(seen) == 9
+    assert with_shifted_images(data, 2, seed=4).digest != more.digest
+    assert with_shifted_images(data, 0, seed=3) is data
+
+
 def test_what_is_no_colour_picture_has_no_mirror_image():
     class Spectra:
         digest = "s"
@@ -175,3 +193,4 @@ def test_what_is_no_colour_picture_has_no_mirror_image():
 
     spectra = Spectra()
     assert with_mirror_images(spectra) is spectra
+    assert with_shifted_images(spectra, 2, seed=0) is spectra

@@ -53,6 +53,12 @@ class Cache:
     def __contains__(self, key: str) -> bool:
         return key in self._arrays
 
+    def resize(self, images: int) -> None:
+        """Forget everything and take another number of images from now on."""
+        for key in list(self._arrays):
+            self.drop(key)
+        self._images = images
+
     @property
     def on_disk(self) -> int:
         """Bytes in files."""
@@ -115,8 +121,7 @@ class Cache:
 
     def close(self) -> None:
         """Forget everything."""
-        for key in list(self._arrays):
-            self.drop(key)
+        self.resize(self._images)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

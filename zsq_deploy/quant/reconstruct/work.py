@@ -15,7 +15,7 @@ from zsq_deploy.progress import Progress, Task
 from zsq_deploy.quant.reconstruct.blocks import Block, find_blocks
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
-from zsq_deploy.quant.reconstruct.images import ImageSet
+from zsq_deploy.quant.reconstruct.images import ImageSet, with_shifted_images
 from zsq_deploy.quant.reconstruct.learn import BlockLearner, channel_axis, word
 from zsq_deploy.quant.reconstruct.presets import Preset, Tuning
 from zsq_deploy.quant.reconstruct.runner import Runner
@@ -154,10 +154,12 @@ class Work:
         if self.checkpoints is not None and self.checkpoints.has(number):
             self.state, _ = self.checkpoints.load(number, self.state)
             return
+        images = with_shifted_images(images, tuning.shifts, word(self.seed, number, 1))
+        self.cache.resize(len(images))
         self._put("x", images)
         tuner = Tuner(self.runner, self.state, tuning, seed=word(self.seed, number), axes=self.axes)
         with self.progress.task("tuning", float(tuning.steps)) as task:
-            loss = tuner.run(self.cache, self.images, task)
+            loss = tuner.run(self.cache, len(images), task)
         self.state = tuner.learned()
         if self.checkpoints is not None:
             layers = [layer.node for layer in self.template.layers]
