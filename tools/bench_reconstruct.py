@@ -2,21 +2,29 @@
 
     python tools/bench_reconstruct.py                          # ResNet-18 at 224 and ResNet-20 at 32, one thread
     python tools/bench_reconstruct.py --network resnet20 --steps 40 --rounds 5
+    python tools/bench_reconstruct.py --network resnet18 --peak-memory --images 1024   # memory of a whole reconstruction instead
 
 The plain formulation is how released code writes it down: activations in NCHW, every quantizer a chain of torch operators
 (straight-through rounding, ``rand_like`` masks), soft weights and regulariser computed separately and differentiated by torch, one Adam for
 the rounding and one for the scales. Both run the same block of the same network through the same twin with the same quantizers; a step is
 draw, forward, backward, update. The two take turns; printed are the medians of steps per second of processor time (on a busy machine
 wall time says little), and the wall times beside them. Networks have random weights, images are noise.
+
+``--peak-memory`` runs ``reconstruct`` with few steps (memory does not depend on their number) on images in a folder, and prints the largest anonymous memory of
+the process (what cannot be dropped) and the largest resident memory (with the pages of mapped files, which the system drops when others want it).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +35,7 @@ from torch import Tensor, nn
 from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.model import load_model
 from zsq_deploy.progress import SILENT, Task
-from zsq_deploy.quant.reconstruct import PRESETS
+from zsq_deploy.quant.reconstruct import PRESETS, reconstruct
 from zsq_deploy.quant.reconstruct.api import start
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.learn import BlockLearner, channel_axis
@@ -229,6 +237,56 @@ def measure(
     return rows
 
 
+def _status(field: str) -> int:
+    """Bytes of a field of this process's status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+class _Watch(threading.Thread):
+    """Looks at the memory of the process ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.anonymous = self.resident = 0
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        """Until `done`."""
+        while not self.done.wait(0.1):
+            self.anonymous = max(self.anonymous, _status("RssAnon"))
+            self.resident = max(self.resident, _status("VmRSS"))
+
+
+def peak_memory(network: nn.Module, size: int, *, images: int, steps: int, memory: int) -> tuple[int, int, int]:
+    """Bytes of a whole reconstruction with the preset `fast`: before it, largest anonymous, largest resident.
+
+    Args:
+        network: In evaluation mode.
+        size: Height and width of its input.
+        images: Number of noise images.
+        steps: Steps a block, and of the tuning.
+        memory: Bytes of activations that may stay in memory.
+    """
+    model = load_model(network, input_shape=(1, 3, size, size))
+    fast = PRESETS["fast"]
+    assert fast.tuning is not None
+    preset = dataclasses.replace(fast, steps=steps, tuning=dataclasses.replace(fast.tuning, steps=steps))
+    with tempfile.TemporaryDirectory() as folder:
+        noise = np.random.default_rng(0).normal(size=(images, 3, size, size)).astype(np.float32)
+        manifest = CalibrationManifest.of(model, method="gaussian")
+        CalibrationSet.from_arrays({model.inputs[0].name: noise}, manifest).save(Path(folder) / "set")
+        del noise
+        data = CalibrationSet.open(Path(folder) / "set")
+        before = _status("RssAnon")
+        watch = _Watch()
+        watch.start()
+        reconstruct(model, data, "w4a4", "ends-8bit", preset, workdir=Path(folder) / "work", memory=memory)
+        watch.done.set()
+        watch.join()
+    return before, watch.anonymous, watch.resident
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, dict[int, str]]] = {
     "resnet20": (
         resnet20,
@@ -253,8 +311,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak-memory", action="store_true", help="measure memory instead of speed")
+    parser.add_argument("--images", type=int, default=1024, help="with --peak-memory")
+    parser.add_argument("--memory-mib", type=int, default=512, help="with --peak-memory: activations kept in memory")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.peak_memory:
+        for name in given.network or ["resnet18"]:
+            make, size, _, _ = NETWORKS[name]
+            found = peak_memory(make(), size, images=given.images, steps=2, memory=given.memory_mib << 20)
+            before, anonymous, resident = (each / 2**20 for each in found)
+            print(
+                f"{name}, {given.images} images: {anonymous:.0f} MiB anonymous ({before:.0f} before), {resident:.0f} MiB resident"
+            )
+        return
     print(f"{'block':24}{'plain':>10}{'ours':>10}{'ratio':>8}   steps/s of processor time (wall: plain, ours)")
     for name in given.network or ["resnet20", "resnet18"]:
         make, size, images, blocks = NETWORKS[name]
