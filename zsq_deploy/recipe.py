@@ -287,8 +287,13 @@ class QuantizationSection(_Section):
     bits: str = Field(
         default="w8a8",
         pattern=r"^[wW]\d{1,2}[aA]\d{1,2}$",
-        description="Bits of weights and activations: w8a8; for OpenVINO also w4a8 (stored in 4 bits, computed in 8), w8a32 and w4a32 "
-        "(weights only).",
+        description="Bits of weights and of what products read, 2 to 8 each: w8a8; w4a8 (weights stored in 4 bits, computed in 8); w4a4, "
+        "w3a3, ... (cut codes in 8-bit kernels: saves space, not time); w8a32 and w4a32 (weights only).",
+    )
+    protocol: str = Field(
+        default="ends-8bit",
+        min_length=1,
+        description="With fewer than 8 bits: which tensors keep 8: ends-8bit (first and last layer), ends-8bit+second-input, all-layers.",
     )
     ranges: str = Field(
         default="auto",
@@ -311,10 +316,13 @@ class QuantizationSection(_Section):
         description="TensorRT: share of the multiply-accumulates that layers left in float may have, where 8 bits lose too much on synthetic "
         "images (default 0.125; 0: all stay in 8 bits).",
     )
-    rounding: Literal["nearest", "squant"] = Field(
+    rounding: Literal["nearest", "squant", "learned"] = Field(
         default="nearest",
         description="How weights are rounded in our Q/DQ graphs: nearest; squant: so that errors cancel in each output channel (worth it below "
-        "8 bits).",
+        "8 bits); learned: block by block on the images, so that each block gives what it gave in float (minutes to hours).",
+    )
+    reconstruct_preset: str = Field(
+        default="fast", min_length=1, description="For rounding: learned: how long is learned, fast or full."
     )
     equalize: bool = Field(
         default=False,

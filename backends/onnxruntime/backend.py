@@ -9,7 +9,7 @@ from zsq_deploy.backends.onnxruntime.calibrators import calibrate
 from zsq_deploy.backends.onnxruntime.choose import Choice, candidates, choose
 from zsq_deploy.backends.onnxruntime.lint import Finding, lint
 from zsq_deploy.backends.onnxruntime.options import CALIBRATORS, QUANTIZERS, BuildOptions, check_options, options_from
-from zsq_deploy.backends.onnxruntime.quantizer import build
+from zsq_deploy.backends.onnxruntime.quantizer import build, places
 from zsq_deploy.backends.onnxruntime.runner import device_facts, float_modes, missing_features, runner
 from zsq_deploy.backends.onnxruntime.summary import summarize
 
@@ -30,6 +30,7 @@ __all__ = [
     "lint",
     "missing_features",
     "options_from",
+    "places",
     "runner",
     "summarize",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from zsq_deploy.errors import UsageError
 
 if TYPE_CHECKING:  # the options are read with the targets, and those load neither onnx nor torch
     from zsq_deploy.model.graph import Graph
+    from zsq_deploy.quant.reconstruct.deployed import Numbers
 
 __all__ = [
     "CALIBRATORS",
@@ -83,13 +85,15 @@ class BuildOptions:
         gates: Rewrite HardSwish and HardSigmoid into operators with integer kernels; otherwise they stay in float.
         widen: Add zero channels where the integer kernels want round numbers of channels; exact, and often faster.
         weight_method: How weight scales are found: ``minmax`` or ``mse``.
-        rounding: How weights are rounded: to ``nearest``, or by ``squant`` (:mod:`zsq_deploy.quant.algebra.squant`).
+        rounding: How weights are rounded: to ``nearest``, or by ``squant`` (:mod:`zsq_deploy.quant.algebra.squant`); with `numbers` they are
+            rounded there.
         exact_scales: Move activation and weight scales to the nearby grid on which this runtime's requantization, the Q/DQ graph and
             exact integer arithmetic agree code for code (:mod:`zsq_deploy.quant.exact_scales`).
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
         weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
         weight_scales: Learned weight scales per output channel: initializer name -> float array.
-        bits: ``w8a8``.
+        bits: ``w8a8``, or 2 to 8 bits each; fewer than 8 need `numbers`.
+        numbers: Codes and scales that were found on the network's places; they replace the quantizer's.
         label: Short name in reports.
     """
 
@@ -109,14 +113,15 @@ class BuildOptions:
     weights: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     weight_scales: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     bits: str = "w8a8"
+    numbers: Numbers | None = None
     label: str = "wide"
 
     def __post_init__(self) -> None:
-        if self.bits.lower() != "w8a8":
+        if re.fullmatch(r"w[2-8]a[2-8]", self.bits.lower()) is None:
             raise UsageError(
-                f"the ONNX Runtime backend builds w8a8 engines; {self.bits!r} comes with low-bit support",
+                f"the ONNX Runtime backend does not build {self.bits!r}",
                 where="--bits",
-                remedy="use --bits w8a8",
+                remedy="choose w8a8, w4a8, w4a4 or other bits from 2 to 8",
             )
         if self.weight_method not in ("minmax", "mse"):
             raise UsageError(
@@ -128,6 +133,11 @@ class BuildOptions:
     def with_(self, **changes: Any) -> BuildOptions:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    @property
+    def low_bits(self) -> bool:
+        """Whether weights or activations have fewer than 8 bits."""
+        return self.bits.lower() != "w8a8"
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -154,6 +164,7 @@ class BuildOptions:
             "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
             "replaced_weights": {name: digest_array(array) for name, array in sorted(self.weights.items())},
             "learned_scales": {name: digest_array(array) for name, array in sorted(self.weight_scales.items())},
+            **({"low_bits": self.numbers.describe()} if self.numbers is not None else {}),
         }
 
     @property
@@ -198,7 +209,7 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         exclude=settings.exclude,
         quantize_outputs=settings.quantize_outputs,
         weight_method=settings.weight_method,
-        rounding=settings.rounding,
+        rounding="nearest" if settings.rounding == "learned" else settings.rounding,  # learned codes come as numbers
         exact_scales=settings.exact_scales,
     )
 

@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,20 @@ from zsq_deploy.backends.onnxruntime.options import BuildOptions
 from zsq_deploy.backends.onnxruntime.placement import Placement, place
 from zsq_deploy.backends.onnxruntime.prepare import Prepared, prepare, replace_initializers
 from zsq_deploy.backends.onnxruntime.targets import weight_limit
-from zsq_deploy.backends.onnxruntime.tidy import tidy
+from zsq_deploy.backends.onnxruntime.tidy import IR_OF_OPSET, integer_pads, tidy
 from zsq_deploy.backends.onnxruntime.widen import widen
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
+from zsq_deploy.model.constants import own_constants
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.algebra.squant import squant
 from zsq_deploy.quant.exact_scales import exact_scales
+from zsq_deploy.quant.reconstruct.deployed import Places, pack_int4
+from zsq_deploy.quant.reconstruct.template import WEIGHTED
+from zsq_deploy.quant.reconstruct.writing import clip_codes
 
-__all__ = ["BuildOptions", "build", "quantize_graph"]
+__all__ = ["BuildOptions", "build", "places", "quantize_graph"]
 
 Array = npt.NDArray[Any]
 
@@ -76,6 +81,12 @@ def build(
         EngineError: Nothing can be quantized, or ONNX Runtime's quantizer gave up.
     """
     options = options or BuildOptions()
+    if options.low_bits and options.numbers is None:
+        raise UsageError(
+            f"{options.bits} engines are built from numbers that were found before",
+            where="BuildOptions.numbers",
+            remedy="find them on places(...) with zsq_deploy.quant.reconstruct.deployed.find_numbers",
+        )
     folder = Path(folder)
     folded: Graph = model.folded().graph
     check_provenance(model, folded, ranges, calibration)
@@ -84,51 +95,27 @@ def build(
         float_path = folder / "float.onnx"
         _save(folded.proto, float_path)
         task.advance(step="prepare")
-        corrected = replace_initializers(folded, options.biases, options.weights)
-        prepared = prepare(corrected, gates=options.gates, float_heads=options.float_heads)
-        placement = place(prepared.graph, options)
-        task.advance(step="ranges")
-        if isinstance(ranges, str):
-            ranges = _own_calibrators(model, ranges, folded, calibration, progress)
         cache = folder / "calibration_cache.json"
-        known = {**ranges, **prepared.ranges}
-        found = tensor_ranges(prepared.graph, placement, known, prepared.aliases, options)
-        growth = 1.0
-        if options.exact_scales:
-            exact = exact_scales(
-                prepared.graph,
-                found,
-                activation=target.activation,
-                weight=target.weight,
-                nodes=placement.nodes,
-            )
-            found, growth = dict(exact.ranges), exact.coarser
-            options = options.with_(weight_scales={**exact.weight_scales, **options.weight_scales})
-        binding = write_cache(cache, prepared.graph, found, ranges, model.digest)
+        plan = _plan(model, ranges, target, options, calibration, progress)
+        binding = write_cache(cache, plan.prepared.graph, plan.found, plan.ranges, model.digest)
         task.advance(step="quantize_static")
         engine_path = folder / "engine.onnx"
-        proto = quantize_graph(prepared, placement, found, cache, target, options)
-        if options.rounding == "squant":  # on the final scales, so that nothing is rounded again
-            proto = squant(Graph(proto), prepared.graph).proto
-        added: tuple[str, ...] = ()
+        qdq, proto, added = _engine_graphs(plan, cache, target)
         qdq_path = engine_path
-        if options.widen:
-            wide, added = widen(proto)
-            if added:
-                # The graph without the added channels says what is computed, under the names and in the shapes of the network.
-                qdq_path = folder / "qdq.onnx"
-                _save(proto, qdq_path)
-                proto = wide
+        if qdq is not proto:
+            # What is computed, under the names and in the shapes of the network: without added channels, and with every pair of Q and DQ together.
+            qdq_path = folder / "qdq.onnx"
+            _save(qdq, qdq_path)
         _save(proto, engine_path)
         choices = {
             **options.describe(),
             "ranges": binding["ranges_method"],
             "ranges_digest": binding["ranges_digest"],
             "set_digest": binding["set_digest"],
-            "nodes_quantized": len(placement.nodes),
-            "float_nodes": dict(placement.skipped),
-            "rewrites": [*prepared.rewrites, *added],
-            "activation_steps_grew_by": growth,
+            "nodes_quantized": len(plan.placement.nodes),
+            "float_nodes": dict(plan.placement.skipped),
+            "rewrites": [*plan.prepared.rewrites, *added],
+            "activation_steps_grew_by": plan.growth,
         }
         write_json(
             folder / "manifest.json",
@@ -151,6 +138,96 @@ def build(
         )
         task.advance(step="done")
     return Engine(path=engine_path, qdq_path=qdq_path, target=target, float_path=float_path, choices=choices)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A network just before the quantizer: the rewritten graph, what is quantized of it, and with which ranges."""
+
+    prepared: Prepared
+    placement: Placement
+    ranges: Any
+    found: Mapping[str, tuple[float, float]]
+    growth: float
+    options: BuildOptions
+
+
+def _plan(
+    model: Any, ranges: Any, target: Target, options: BuildOptions, calibration: Any, progress: Progress
+) -> _Plan:
+    folded: Graph = model.folded().graph
+    corrected = replace_initializers(folded, options.biases, options.weights)
+    prepared = prepare(corrected, gates=options.gates, float_heads=options.float_heads)
+    placement = place(prepared.graph, options)
+    if isinstance(ranges, str):
+        ranges = _own_calibrators(model, ranges, folded, calibration, progress)
+    known = {**ranges, **prepared.ranges}
+    found = tensor_ranges(prepared.graph, placement, known, prepared.aliases, options)
+    growth = 1.0
+    if options.exact_scales:
+        exact = exact_scales(
+            prepared.graph,
+            found,
+            activation=target.activation,
+            weight=target.weight,
+            nodes=placement.nodes,
+        )
+        found, growth = dict(exact.ranges), exact.coarser
+        options = options.with_(weight_scales={**exact.weight_scales, **options.weight_scales})
+    return _Plan(prepared, placement, ranges, found, growth, options)
+
+
+def _engine_graphs(
+    plan: _Plan, cache: Path, target: Target
+) -> tuple[onnx.ModelProto, onnx.ModelProto, tuple[str, ...]]:
+    """The Q/DQ graph, the graph that the runtime gets (the same object where nothing was changed), and the channels added to it."""
+    options = plan.options
+    if options.numbers is None:
+        proto = quantize_graph(plan.prepared, plan.placement, plan.found, cache, target, options)
+        if options.rounding == "squant":  # on the final scales, so that nothing is rounded again
+            proto = squant(Graph(proto), plan.prepared.graph).proto
+        wide, added = widen(proto) if options.widen else (proto, ())
+        return proto, (wide if added else proto), added
+    written = options.numbers.write(_places(plan, cache, target))
+    qdq = _stamped(pack_int4(written, through="int8"))
+    cut = clip_codes(written).editable()
+    integer_pads(cut)
+    wide, added = widen(cut) if options.widen else (cut, ())
+    engine = _stamped(pack_int4(Graph(wide), through="int8"))
+    same = engine.graph == qdq.graph
+    return qdq, (qdq if same else engine), added
+
+
+def _stamped(graph: Graph) -> onnx.ModelProto:
+    proto = graph.editable()
+    proto.ir_version = max(proto.ir_version, IR_OF_OPSET[21])
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def _places(plan: _Plan, cache: Path, target: Target) -> Places:
+    """The 8-bit Q/DQ graph in which every QuantizeLinear has its DequantizeLinear."""
+    options = plan.options.with_(rounding="nearest")
+    proto = quantize_graph(plan.prepared, plan.placement, plan.found, cache, target, options, pads=False)
+    floating = own_constants(plan.prepared.graph, WEIGHTED)
+    return Places(floating, Graph(proto), target.activation, target.weight)
+
+
+def places(
+    model: Any,
+    ranges: Any,
+    target: Target,
+    *,
+    options: BuildOptions | None = None,
+    calibration: Any = None,
+    progress: Progress = SILENT,
+) -> Places:
+    """The 8-bit Q/DQ graph of a network, on which numbers of fewer bits can be found; arguments as for :func:`build`."""
+    with tempfile.TemporaryDirectory(prefix="zsq-ort-") as scratch:
+        cache = Path(scratch) / "calibration_cache.json"
+        plan = _plan(model, ranges, target, options or BuildOptions(), calibration, progress)
+        write_cache(cache, plan.prepared.graph, plan.found, plan.ranges, model.digest)
+        return _places(plan, cache, target)
 
 
 def _own_calibrators(model: Any, method: str, folded: Graph, calibration: Any, progress: Progress) -> Any:
@@ -196,8 +273,10 @@ def quantize_graph(
     cache: Path,
     target: Target,
     options: BuildOptions,
+    *,
+    pads: bool = True,
 ) -> onnx.ModelProto:
-    """Run ``quantize_static`` on a prepared graph and tidy what it gives.
+    """Run ``quantize_static`` on a prepared graph and tidy what it gives (`pads` as for :func:`tidy`).
 
     Raises:
         EngineError: The quantizer raised an error; its message is passed on.
@@ -246,6 +325,7 @@ def quantize_graph(
         target,
         quantize_outputs=options.quantize_outputs,
         float_readers=options.float_readers,
+        pads=pads,
     )
 
 

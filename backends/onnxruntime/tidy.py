@@ -22,7 +22,7 @@ from zsq_deploy.backends.onnxruntime.placement import Placement
 from zsq_deploy.errors import EngineError
 from zsq_deploy.model.graph import Graph, attributes
 
-__all__ = ["IR_OF_OPSET", "tidy"]
+__all__ = ["IR_OF_OPSET", "integer_pads", "tidy"]
 
 IR_OF_OPSET = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """The IR version that came with an operator set: no runtime that knows the set refuses it."""
@@ -36,6 +36,7 @@ def tidy(
     *,
     quantize_outputs: bool = False,
     float_readers: bool = True,
+    pads: bool = True,
 ) -> onnx.ModelProto:
     """Mend a quantized graph (see the module).
 
@@ -46,6 +47,7 @@ def tidy(
         target: Gives operator set and IR version.
         quantize_outputs: Leave the pairs at the network's outputs.
         float_readers: Connect float operators to float values.
+        pads: Move zero padding onto the integer side; without it every QuantizeLinear keeps its DequantizeLinear.
 
     Raises:
         EngineError: The result is not valid ONNX.
@@ -55,7 +57,8 @@ def tidy(
         _float_tails(proto, source, placement)
     if float_readers:
         _reconnect(proto, source, chosen)
-    _integer_pads(proto)
+    if pads:
+        integer_pads(proto)
     _remove_dead(proto)
     _order(proto)
     _stamp(proto, target)
@@ -131,8 +134,8 @@ def _reconnect(proto: onnx.ModelProto, source: Graph, chosen: set[str]) -> None:
             _rename_input(proto, dequantize.output[0], value, readers)
 
 
-def _integer_pads(proto: onnx.ModelProto) -> None:
-    """Pad codes with the zero point, where both sides of a zero Pad have one scale and zero point."""
+def integer_pads(proto: onnx.ModelProto) -> None:
+    """Pad codes with the zero point, where both sides of a zero Pad have one scale and zero point; the graph is changed."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
 
     def same(a: str, b: str) -> bool:

@@ -9,7 +9,7 @@ from zsq_deploy.backends.openvino.choose import Choice, candidates, choose
 from zsq_deploy.backends.openvino.early import check_options
 from zsq_deploy.backends.openvino.lint import Finding, lint
 from zsq_deploy.backends.openvino.options import CALIBRATORS, QUANTIZERS, BuildOptions, options_from
-from zsq_deploy.backends.openvino.quantizer import build
+from zsq_deploy.backends.openvino.quantizer import build, places
 from zsq_deploy.backends.openvino.runner import device_facts, float_modes, missing_features, runner
 from zsq_deploy.backends.openvino.summary import summarize
 
@@ -29,6 +29,7 @@ __all__ = [
     "lint",
     "missing_features",
     "options_from",
+    "places",
     "runner",
     "summarize",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ import numpy.typing as npt
 from zsq_deploy.artifact import digest_json
 from zsq_deploy.backends.base import BuildSettings, Target, digest_array
 from zsq_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from zsq_deploy.quant.reconstruct.deployed import Numbers
 
 __all__ = [
     "BITS",
@@ -193,10 +197,11 @@ class BuildOptions:
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
         weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
         weight_scales: Learned weight scales per output channel: initializer name -> float array (our Q/DQ graph only).
-        bits: ``w8a8``; ``w4a8``: weights stored in 4 bits, computed in 8; ``w8a32``, ``w4a32``: NNCF compresses the weights, arithmetic is
+        bits: ``w8a8``; ``w4a8``: weights stored in 4 bits, computed in 8; with `numbers` 2 to 8 bits each; ``w8a32``, ``w4a32``: NNCF compresses the weights, arithmetic is
             float32 and `quantizer` does not matter.
         compress_weights: Instead of quantization: compress the weights with ``nncf.compress_weights`` in this mode (``int8_sym``,
             ``int8_asym``, ``int4_sym``, ``int4_asym``); ``None``: what `bits` says.
+        numbers: Codes and scales that were found on the network's places; they replace those of our Q/DQ graph.
         nncf: What NNCF is told.
         pot: What POT is told.
         label: Short name in reports.
@@ -214,6 +219,7 @@ class BuildOptions:
     weight_scales: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     bits: str = "w8a8"
     compress_weights: str | None = None
+    numbers: Numbers | None = None
     nncf: NncfOptions = field(default_factory=NncfOptions)
     pot: PotOptions = field(default_factory=PotOptions)
     label: str = "qdq"
@@ -221,11 +227,15 @@ class BuildOptions:
     def __post_init__(self) -> None:
         _one_of(self.quantizer, QUANTIZERS, "--quantizer")
         _one_of(self.weight_method, ("minmax", "mse"), "BuildOptions.weight_method")
-        if self.bits.lower() not in BITS:
+        if self.bits.lower() not in BITS and re.fullmatch(r"w[2-8]a[2-8]", self.bits.lower()) is None:
             raise UsageError(
                 f"the OpenVINO backend does not build {self.bits!r}",
                 where="--bits",
-                remedy=f"choose one of {', '.join(BITS)}",
+                remedy=f"choose one of {', '.join(BITS)}, or other bits from 2 to 8 (w4a4)",
+            )
+        if self.numbers is not None and self.quantizer not in ("auto", "qdq"):
+            raise UsageError(
+                f"{self.quantizer.upper()} finds its own numbers", where="--quantizer", remedy="choose --quantizer qdq"
             )
         _one_of(
             self.compress_weights,
@@ -237,6 +247,11 @@ class BuildOptions:
     def weight_only(self) -> str | None:
         """The mode in which weights are compressed while activations stay float; ``None``: the network is quantized."""
         return self.compress_weights or _WEIGHT_ONLY.get(self.bits.lower())
+
+    @property
+    def stores_int4(self) -> bool:
+        """Weights of up to 4 bits are stored as INT4."""
+        return self.bits.lower()[:2] in ("w2", "w3", "w4") and self.weight_only is None
 
     def with_(self, **changes: Any) -> BuildOptions:
         """A copy with some fields changed."""
@@ -266,6 +281,7 @@ class BuildOptions:
             "corrected_biases": {name: digest_array(array) for name, array in sorted(self.biases.items())},
             "replaced_weights": {name: digest_array(array) for name, array in sorted(self.weights.items())},
             "learned_scales": {name: digest_array(array) for name, array in sorted(self.weight_scales.items())},
+            **({"low_bits": self.numbers.describe()} if self.numbers is not None else {}),
             **told,
         }
 
@@ -290,6 +306,14 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
                 remedy="leave it out, or choose --quantizer qdq and bits of weights and activations",
             )
         quantizer = "qdq"
+    if settings.bits.lower() not in BITS and not settings.weight_only and quantizer in ("nncf", "pot"):
+        raise UsageError(
+            f"{quantizer.upper()} does not build {settings.bits!r}",
+            where="--bits",
+            remedy="leave --quantizer out, or choose w8a8 or w4a8",
+        )
+    if quantizer == "auto" and not settings.weight_only and settings.bits.lower() != "w8a8":
+        quantizer = "qdq"
     if settings.float_type != "float32":
         raise UsageError(
             f"target {target.name!r} computes in float32 what it does not quantize",
@@ -313,7 +337,7 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         exclude=settings.exclude,
         quantize_outputs=settings.quantize_outputs,
         weight_method=settings.weight_method,
-        rounding=settings.rounding,
+        rounding="nearest" if settings.rounding == "learned" else settings.rounding,  # learned codes come as numbers
         exact_scales=settings.exact_scales,
         compress_weights=settings.compress_weights,
         nncf=NncfOptions(**vendor.get("nncf", {})),

@@ -29,8 +29,9 @@ from zsq_deploy.backends.openvino.convert import convert, read, save, weights_of
 from zsq_deploy.backends.openvino.design import Design
 from zsq_deploy.backends.openvino.fusing import fuse_residuals, same_outputs
 from zsq_deploy.backends.openvino.int4 import float_weights, int4_storage, pack, store_int4
+from zsq_deploy.backends.openvino.low_bits import low_bit_graph, places_of
 from zsq_deploy.backends.openvino.merging import drop_merged_pairs
-from zsq_deploy.backends.openvino.options import BuildOptions
+from zsq_deploy.backends.openvino.options import BITS, BuildOptions
 from zsq_deploy.backends.openvino.reading import FAKE_QUANT
 from zsq_deploy.backends.openvino.roundings import drop_float_roundings
 from zsq_deploy.backends.openvino.runner import OvRunner
@@ -42,8 +43,9 @@ from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import BiasSite, apply_biases, bias_sites
+from zsq_deploy.quant.reconstruct.deployed import Places
 
-__all__ = ["BuildOptions", "build"]
+__all__ = ["BuildOptions", "build", "places"]
 
 Array = npt.NDArray[Any]
 
@@ -104,6 +106,12 @@ def build(
     options = options or BuildOptions()
     if options.quantizer == "auto":
         options = options.with_(quantizer="qdq")
+    if options.numbers is None and options.bits.lower() not in BITS:
+        raise UsageError(
+            f"{options.bits} engines are built from numbers that were found before",
+            where="BuildOptions.numbers",
+            remedy="find them on places(...) with zsq_deploy.quant.reconstruct.deployed.find_numbers",
+        )
     folder = Path(folder)
     folded: Graph = model.folded().graph
     check_provenance(model, folded, ranges, calibration)
@@ -178,6 +186,23 @@ def build(
     )
 
 
+def places(
+    model: Any,
+    ranges: Any,
+    target: Target,
+    *,
+    options: BuildOptions | None = None,
+    calibration: Any = None,
+    progress: Progress = SILENT,
+) -> Places:
+    """Our 8-bit Q/DQ graph of a network, on which numbers of fewer bits can be found; arguments as for :func:`build`."""
+    del calibration
+    options = (options or BuildOptions()).with_(quantizer="qdq", bits="w8a8", rounding="nearest")
+    with tempfile.TemporaryDirectory(prefix="zsq-ov-") as scratch:
+        design = _design(model, ranges, None, target, options, Path(scratch), None, None, progress)
+    return places_of(design, model.folded().graph, target, options)
+
+
 def _write_engine(qdq: Graph, path: Path, target: Target, options: BuildOptions, ranges: Any) -> bool:
     """Convert a Q/DQ graph into the engine, with residuals added inside convolutions where that changes no number.
 
@@ -187,7 +212,7 @@ def _write_engine(qdq: Graph, path: Path, target: Target, options: BuildOptions,
 
     def converted(graph: Graph) -> Any:
         model = convert(graph, batch=1 if target.session.get(DEVICE) == "NPU" else None)
-        if options.bits.lower() == "w4a8":
+        if options.stores_int4:
             pack(model)
         return model
 
@@ -243,9 +268,7 @@ def _keeps_vendor(design: Design, options: BuildOptions) -> bool:
     """Whether the vendor's IR is the engine: nothing of ours changes its numbers."""
     if options.weight_only is not None:
         return True
-    return design.vendor_ir is not None and not (
-        options.exact_scales or options.biases or options.bits.lower() == "w4a8"
-    )
+    return design.vendor_ir is not None and not (options.exact_scales or options.biases or options.stores_int4)
 
 
 def _identity(
@@ -258,7 +281,7 @@ def _identity(
     validation: ValidationData | None = None,
 ) -> str:
     """Everything that a design depends on: not the biases, which are added to it, nor how its scales are settled."""
-    told = options.with_(biases={}, exact_scales=False, label="").describe()
+    told = options.with_(biases={}, exact_scales=False, numbers=None, label="").describe()
     pairs = None if ranges is None else sorted((name, float(low), float(high)) for name, (low, high) in ranges.items())
     seen = {name: digest_bytes(np.ascontiguousarray(value).tobytes()) for name, value in sorted((probes or {}).items())}
     judged: list[str] = []
@@ -322,6 +345,9 @@ def _design(
 
 def _finish(design: Design, folded: Graph, target: Target, options: BuildOptions) -> tuple[Graph, dict[str, Any]]:
     """The design's graph with corrected biases and settled scales, and what to write down about it."""
+    if options.numbers is not None:
+        written, told = low_bit_graph(design, folded, target, options, options.numbers)
+        return written, {**told, "int4": int4_storage(written).to_json()}
     qdq = design.qdq
     record: dict[str, Any] = {"activation_steps_grew_by": 1.0, "inexact_layers": {}, "notes": list(design.notes)}
     if options.biases:

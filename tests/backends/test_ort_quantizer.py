@@ -429,10 +429,15 @@ def test_nothing_to_quantize_is_told(tmp_path: Path) -> None:
         build(model, {"x": (-1, 1), "y": (0, 1)}, VNNI, tmp_path / "e")
 
 
-@pytest.mark.parametrize("bits", ["w4a8", "w8a16", "w4a4"])
-def test_other_bit_widths_are_told_to_come_later(bits: str) -> None:
-    with pytest.raises(UsageError, match="low-bit support"):
+@pytest.mark.parametrize("bits", ["w9a8", "w8a16", "w1a4"])
+def test_other_bit_widths_are_refused(bits: str) -> None:
+    with pytest.raises(UsageError, match="does not build"):
         BuildOptions(bits=bits)
+
+
+def test_fewer_bits_need_numbers(network: Model, ranges: Ranges, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="numbers that were found before"):
+        build(network, ranges, VNNI, tmp_path / "a", options=BuildOptions(bits="w4a8"))
 
 
 def test_corrected_biases_and_replaced_weights_reach_the_engine(network: Model, ranges: Ranges, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ MethodOpt = Annotated[
     typer.Option(
         "--method",
         metavar="NAME",
-        help="How images are made: zeroq, genie, fractal, ... (`zsq methods` lists them all); auto chooses from what was measured.",
+        help="How images are made: zeroq, genie, fast, fractal, ... (`zsq methods` lists them all); auto chooses from what was measured.",
         rich_help_panel=_IMAGES,
     ),
 ]
@@ -145,7 +145,17 @@ BitsOpt = Annotated[
     typer.Option(
         "--bits",
         metavar="w8a8",
-        help="Bits of weights (w) and activations (a): w8a8; OpenVINO also w4a8, w8a32, w4a32.",
+        help="Bits of weights (w) and activations (a), 2 to 8 each: w8a8; w4a8 (4-bit weights on disk); w4a4, ... (space, not time); "
+        "w8a32, w4a32 (weights only).",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
+ProtocolOpt = Annotated[
+    str,
+    typer.Option(
+        "--protocol",
+        metavar="NAME",
+        help="Fewer than 8 bits: what keeps 8: ends-8bit (first and last layer), ends-8bit+second-input, all-layers.",
         rich_help_panel=_QUANTIZE,
     ),
 ]
@@ -173,7 +183,16 @@ RoundingOpt = Annotated[
     typer.Option(
         "--rounding",
         metavar="NAME",
-        help="How weights are rounded: nearest, or squant: so that errors cancel in each output channel.",
+        help="How weights are rounded: nearest; squant: so that errors cancel in each output channel; learned: block by block on the images.",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
+ReconstructOpt = Annotated[
+    str,
+    typer.Option(
+        "--reconstruct-preset",
+        metavar="NAME",
+        help="With --rounding learned: how long is learned, fast or full.",
         rich_help_panel=_QUANTIZE,
     ),
 ]

@@ -69,9 +69,11 @@ QUANTIZATION = (
     *_shared(
         "quantization",
         bits=(o.BitsOpt, "w8a8"),
+        protocol=(o.ProtocolOpt, "ends-8bit"),
         ranges=(o.RangesOpt, "auto"),
         bias_correction=(o.BiasOpt, True),
         rounding=(o.RoundingOpt, "nearest"),
+        reconstruct_preset=(o.ReconstructOpt, "fast"),
         equalize=(o.EqualizeOpt, False),
         exact_scales=(o.ExactOpt, True),
         float_type=(o.FloatTypeOpt, "float32"),

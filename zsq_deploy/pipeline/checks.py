@@ -17,6 +17,7 @@ from zsq_deploy.model import Model
 from zsq_deploy.pipeline.auto import AUTO, check_auto
 from zsq_deploy.pipeline.calibration import OWN_CALIBRATORS, RANGE_METHODS
 from zsq_deploy.pipeline.engines import settings_of
+from zsq_deploy.quant.reconstruct import PRESETS, PROTOCOLS
 from zsq_deploy.recipe import Recipe
 
 __all__ = ["check_device", "check_method", "check_recipe", "nearest"]
@@ -74,6 +75,7 @@ def check_recipe(recipe: Recipe, model: Model, targets: Sequence[Target], *, ver
             where="quantization.choice",
             remedy=f"{nearest(strangers[0], recipe.targets)}remove it, or add it to targets",
         )
+    _check_low_bits(recipe, model)
     _check_quantizers(recipe, model, targets)
     if verified and recipe.calibration.holdout < 1:
         raise UsageError(
@@ -95,6 +97,33 @@ def check_measurable(targets: Sequence[Target]) -> None:
         check_runs = getattr(get_backend(target), "check_runs", None)
         if check_runs is not None:
             check_runs(target)
+
+
+def _check_low_bits(recipe: Recipe, model: Model) -> None:
+    """Refuse protocols and schedules that there are not, and learning on a network that takes one batch size only."""
+    spec = recipe.quantization
+    for word, known, where in (
+        (spec.protocol, PROTOCOLS, "--protocol"),
+        (spec.reconstruct_preset, PRESETS, "--reconstruct-preset"),
+    ):
+        if word not in known:
+            raise UsageError(
+                f"there is no {word!r}", where=where, remedy=f"{nearest(word, known)}choose one of {', '.join(known)}"
+            )
+    if spec.rounding != "learned":
+        return
+    if not model.dynamic_batch:
+        raise UsageError(
+            "this network takes one batch size only, so its rounding cannot be learned from batches",
+            where="--rounding",
+            remedy="export it with a free batch axis, or choose --rounding squant",
+        )
+    if not recipe.calibration.set and not METHODS[recipe.calibration.method].images:
+        raise UsageError(
+            f"rounding is learned from images, and the method {recipe.calibration.method!r} makes none",
+            where="--rounding",
+            remedy="choose a synthesis method that makes images, or --rounding squant",
+        )
 
 
 def _check_quantizers(recipe: Recipe, model: Model, targets: Sequence[Target]) -> None:

@@ -32,6 +32,7 @@ from zsq_deploy.report.schema import save as save_report
 from zsq_deploy.verify import Gates, peak_rss_bytes
 
 __all__ = [
+    "LEARNED",
     "Outcome",
     "build_target",
     "classes_of",
@@ -45,6 +46,10 @@ __all__ = [
     "pinned",
     "write_report",
 ]
+
+
+LEARNED = ".learned"
+"""Folder in the output folder with what was learned block by block, until the run is finished."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Outcome:
 def owned(recipe: Recipe) -> tuple[str, ...]:
     """Everything that a run writes into its output folder."""
     files = ("recipe.resolved.yaml", "ranges.json", "report.json", "report.html")
-    return (*files, "calibration", "holdout", ".synthesis", *recipe.targets)
+    return (*files, "calibration", "holdout", ".synthesis", LEARNED, *recipe.targets)
 
 
 def load_recipe_model(recipe: Recipe) -> Model:
@@ -158,6 +163,7 @@ def build_target(
         threads=recipe.run.threads or 1,
         seed=recipe.calibration.seed or 0,
         validation=validation,
+        workdir=root / LEARNED / target.name,
         progress=progress,
     )
 
@@ -238,7 +244,8 @@ def deploy(
         )
         write_report(report, root)
         recipe.dump(root / "recipe.resolved.yaml")  # now with what the search chose
-        shutil.rmtree(root / ".synthesis", ignore_errors=True)
+        for name in (".synthesis", LEARNED):
+            shutil.rmtree(root / name, ignore_errors=True)
         folder.finish()
     passed = all(gate.passed for gate in report.gates)
     return Outcome(report, output, passed)

@@ -20,6 +20,8 @@ from zsq_deploy.model import Graph, Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.bias import correct_bias
+from zsq_deploy.quant.reconstruct import Bits, Preset, Protocol
+from zsq_deploy.quant.reconstruct.deployed import LowBits, Numbers, find_numbers
 from zsq_deploy.recipe import Recipe
 from zsq_deploy.verify.parity import sqnr_db
 
@@ -45,11 +47,23 @@ class EngineSettings(BuildSettings):
             POT wrote, with biases that they corrected, is left alone.
         search: Measure candidates for what to quantize and take the best; ``False``: the default placement.
         choice: Target name -> what an earlier search chose for it; nothing is measured then.
+        protocol: With fewer than 8 bits: what keeps 8 (:data:`zsq_deploy.quant.reconstruct.PROTOCOLS`).
+        reconstruct_preset: For learned rounding: how long is learned (:data:`zsq_deploy.quant.reconstruct.PRESETS`).
+        device: Where is learned; ``None``: where there is a CUDA device, there.
     """
 
     bias_correction: bool = True
     search: bool = True
     choice: Mapping[str, str] = field(default_factory=dict)
+    protocol: str = "ends-8bit"
+    reconstruct_preset: str = "fast"
+    device: str | None = None
+
+    @property
+    def low_bits(self) -> bool:
+        """Codes are found on a finished 8-bit graph, by name: for fewer than 8 bits, and where they are learned."""
+        vendor = self.quantizer not in ("auto", "qdq")
+        return not (self.weight_only or vendor) and (self.bits.lower() != "w8a8" or self.rounding == "learned")
 
 
 def settings_of(recipe: Recipe) -> EngineSettings:
@@ -69,6 +83,9 @@ def settings_of(recipe: Recipe) -> EngineSettings:
         bias_correction=spec.bias_correction,
         search=spec.search,
         choice=dict(spec.choice),
+        protocol=spec.protocol,
+        reconstruct_preset=spec.reconstruct_preset,
+        device=recipe.calibration.device,
     )
 
 
@@ -93,12 +110,13 @@ def build_engine(
     threads: int = 1,
     seed: int = 0,
     validation: ValidationData | None = None,
+    workdir: Path | None = None,
     progress: Progress = SILENT,
 ) -> Built:
     """Quantize a network for one target into `folder`.
 
-    The placement is chosen first (by measurement, if `settings.search`), then biases are corrected on the engine's own Q/DQ graph,
-    and the engine is built once more with the corrected biases.
+    The placement is chosen first (by measurement, if `settings.search`). With fewer than 8 bits, or learned rounding, codes are then found
+    on the Q/DQ graph of the choice. Then biases are corrected on the engine's own Q/DQ graph, and the engine is built once more with them.
 
     Args:
         model: The network.
@@ -110,6 +128,7 @@ def build_engine(
         threads: Threads of the engines that are measured.
         seed: Source of what is random in bias correction.
         validation: What accuracy control looks at, where a quantizer was asked for it.
+        workdir: Folder for what was learned block by block, so that an interrupted run goes on there; ``None``: nothing is kept.
         progress: Where to report.
     """
     settings = settings or EngineSettings()
@@ -122,7 +141,9 @@ def build_engine(
             where="--ranges",
             remedy="choose another range method, or a synthesis method that makes images",
         )
-    options = backend.options_from(settings, target)
+    options = wanted = backend.options_from(settings, target)
+    if settings.low_bits:  # the way to quantize is chosen among 8-bit engines
+        options = options.with_(bits="w8a8")
     several = len(backend.QUANTIZERS) > 1
     shown: dict[str, Any] = {"calibration": images.calibration}
     if several:
@@ -139,7 +160,9 @@ def build_engine(
         options = _chosen_before(backend.candidates(model.folded().graph, target, options), pinned, target)
     if settings.search and settings.op_types is None and pinned is None:
         # All are compared after their biases were corrected, by whomever. One image more or less decides nothing.
-        more = {"refine": correction, "tolerance_agreement": 1.5 / JUDGE_IMAGES} if several else {}
+        more: dict[str, Any] = {"tolerance_agreement": 1.5 / JUDGE_IMAGES} if several else {}
+        if several and not settings.low_bits:
+            more["refine"] = correction
         choice = backend.choose(
             model,
             measured.ranges,
@@ -159,8 +182,14 @@ def build_engine(
             row = _candidate(choice.mixed, False)
             candidates.append({**row, "reason": f"--exclude {' --exclude '.join(left)}: {len(left)} layers in float"})
         notes.extend(choice.notes)
-    else:
+    elif not settings.low_bits:
         engine = backend.build(model, measured.ranges, target, trial, options=options, progress=progress, **shown)
+    if settings.low_bits:
+        shutil.rmtree(trial, ignore_errors=True)
+        numbers = _numbers(backend, model, measured, target, options, settings, images, seed, workdir, progress)
+        options = options.with_(bits=wanted.bits, numbers=numbers)
+        engine = backend.build(model, measured.ranges, target, trial, options=options, progress=progress, **shown)
+        notes.extend(numbers.notes)
     if correction is not None:
         if not correction.rows and not engine.choices.get("corrects_biases"):
             engine, options = correction(engine, options)
@@ -174,6 +203,44 @@ def build_engine(
         notes.append(f"accuracy control looked at: {validation.source}")
     notes.extend(str(note) for note in engine.choices.get("notes", ()))
     return Built(engine, candidates, time.monotonic() - started, tuple(dict.fromkeys(notes)))
+
+
+def _numbers(
+    backend: Any,
+    model: Model,
+    measured: MeasuredRanges,
+    target: Target,
+    options: Any,
+    settings: EngineSettings,
+    images: Images,
+    seed: int,
+    workdir: Path | None,
+    progress: Progress,
+) -> Numbers:
+    """Codes and scales, found on the 8-bit Q/DQ graph of the target."""
+    asked = LowBits(
+        Bits.of(settings.bits),
+        Protocol.of(settings.protocol),
+        settings.rounding,
+        Preset.of(settings.reconstruct_preset),
+        seed=seed,
+        exact=settings.exact_scales,
+    )
+    looked_at = images.calibration
+    if looked_at is None and (settings.rounding == "learned" or asked.bits.activations < 8):
+        raise CalibrationError(
+            f"there are no images to find {asked.bits} on: the method {images.method!r} makes none",
+            where="--method",
+            remedy="choose a synthesis method that makes images",
+        )
+    places = backend.places(
+        model, measured.ranges, target, options=options, calibration=images.calibration, progress=progress
+    )
+    # The choice of what to quantize is measured, and may differ when a run goes on: what was learned belongs to one graph.
+    folder = workdir / places.qdq.digest[:12] if workdir is not None else None
+    return find_numbers(
+        places, looked_at, asked, workdir=folder, resume=True, device=settings.device, progress=progress
+    )
 
 
 class _Correction:

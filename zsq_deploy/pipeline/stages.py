@@ -21,6 +21,7 @@ from zsq_deploy.pipeline.calibration import make_images, other_networks
 from zsq_deploy.pipeline.checks import check_device, check_method, check_recipe
 from zsq_deploy.pipeline.control import judged_images, validation_data
 from zsq_deploy.pipeline.deploy import (
+    LEARNED,
     Outcome,
     build_target,
     classes_of,
@@ -159,7 +160,8 @@ def quantize_only(
             built[target.name] = done.engine
             recipe = pinned(recipe, target.name, built[target.name])
         recipe.dump(root / "recipe.resolved.yaml")  # now with what the search chose
-        shutil.rmtree(root / ".synthesis", ignore_errors=True)
+        for name in (".synthesis", LEARNED):
+            shutil.rmtree(root / name, ignore_errors=True)
         folder.finish()
     return built
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.quant.scheme import Granularity, Scheme
 
-__all__ = ["ExactScales", "Groups", "exact_scales", "exactly_representable", "snap_scale"]
+__all__ = ["ExactScales", "Groups", "exact_scales", "exactly_representable", "requantizes_exactly", "snap_scale"]
 
 ACTIVATION_SIGNIFICANDS = (4, 5, 6, 7)
 WEIGHT_SIGNIFICANDS = (tuple(range(8, 16)), tuple(range(4, 8)))
@@ -286,7 +286,7 @@ def _weight_scales(
         chosen = 0.0
         for significands in WEIGHT_SIGNIFICANDS:
             chosen = snap_scale(float(value), [y_significand * b for b in significands], shrink=0.0)
-            exact = x == 0.0 or y == 0.0 or _requantizes_exactly(x * chosen / y)
+            exact = x == 0.0 or y == 0.0 or requantizes_exactly(x * chosen / y)
             if exact:
                 break
         else:
@@ -295,7 +295,7 @@ def _weight_scales(
     return scales, rounding
 
 
-def _requantizes_exactly(multiplier: float) -> bool:
+def requantizes_exactly(multiplier: float) -> bool:
     """Whether ``accumulator * multiplier`` is exact in float32 for every accumulator that does not saturate (below 256 steps)."""
     fraction, exponent = math.frexp(multiplier)
     odd = int(fraction * 2**53)

@@ -110,13 +110,17 @@ def float_weights_of(graph: Graph) -> dict[str, Array]:
     return found
 
 
-def squant(qdq: Graph, floats: Graph | Mapping[str, Array]) -> Graph:
+def squant(
+    qdq: Graph, floats: Graph | Mapping[str, Array], *, grids: Mapping[str, tuple[int, int]] | None = None
+) -> Graph:
     """A Q/DQ graph with the weights of its layers rounded by SQuant; scales, zero points, biases and activations stay.
 
     Args:
         qdq: Any Q/DQ graph: weights as integers behind DequantizeLinear (4-bit ones also behind Cast), or as floats behind QuantizeLinear
             and DequantizeLinear.
         floats: The float graph that it was made from, or layer name -> float weight in the stored shape.
+        grids: Layer name -> smallest and largest code that may be used, for codes of few bits in wider integers; otherwise it is taken from the
+            outermost codes that the weight has.
 
     Returns:
         The graph with other codes. Weights with several readers, with blocks, or with scales along another axis than the output channels
@@ -134,7 +138,7 @@ def squant(qdq: Graph, floats: Graph | Mapping[str, Array]) -> Graph:
         tensor = tensors.get(node.input[1])
         if tensor is None or len(qdq.consumers(node.input[1])) != 1:
             continue
-        _round(net, qdq, node, tensor, np.asarray(given[node.name], np.float64))
+        _round(net, qdq, node, tensor, np.asarray(given[node.name], np.float64), (grids or {}).get(node.name))
     return Graph(net.proto())
 
 
@@ -142,7 +146,14 @@ def _outputs(qdq: Graph, tensor: QuantizedTensor) -> list[str]:
     return [str(qdq.node(name).output[0]) for name in tensor.dequantize]
 
 
-def _round(net: Net, qdq: Graph, node: onnx.NodeProto, tensor: QuantizedTensor, weight: Doubles) -> None:
+def _round(
+    net: Net,
+    qdq: Graph,
+    node: onnx.NodeProto,
+    tensor: QuantizedTensor,
+    weight: Doubles,
+    grid: tuple[int, int] | None,
+) -> None:
     name = _stored(qdq, tensor)
     stored = None if name is None else qdq.constant(name)
     if name is None or stored is None or tensor.block or len(qdq.consumers(name)) != 1:
@@ -162,7 +173,7 @@ def _round(net: Net, qdq: Graph, node: onnx.NodeProto, tensor: QuantizedTensor, 
         return
     scale, zero = (np.broadcast_to(p, stored.shape) for p in _spread(tensor, stored.ndim))
     old = stored.astype(np.int64) if stored.dtype.kind != "f" else _nearest(stored, scale, zero, tensor.limits)
-    low, high = _grid(old, tensor)
+    low, high = _grid(old, tensor) if grid is None else grid
     steps = weight / scale + zero
     shape = form.read(steps).shape
     flat = form.read(steps).reshape(-1, *shape[2:])  # [outputs, inputs / groups, elements]

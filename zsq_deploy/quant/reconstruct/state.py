@@ -18,7 +18,7 @@ from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.search import mse
 from zsq_deploy.quant.statistics import Statistics
 
-__all__ = ["Activation", "State", "Weight", "initial_state", "with_bits"]
+__all__ = ["Activation", "State", "Weight", "activation_range", "initial_state", "with_bits"]
 
 Array = npt.NDArray[Any]
 
@@ -161,11 +161,11 @@ def initial_state(
     activations = {}
     for group, sites in template.groups().items():
         scheme = with_bits(template.activation, assignment.sites[group])
-        activations[group] = _range(sites, scheme, statistics)
+        activations[group] = activation_range(sites, scheme, statistics)
     return State(weights, activations, biases)
 
 
-def _range(sites: list[Site], scheme: Scheme, statistics: Statistics) -> Activation:
+def activation_range(sites: list[Site], scheme: Scheme, statistics: Statistics) -> Activation:
     """The range with the smallest squared error that covers all sites of a group."""
     low = high = 0.0
     for site in [site for site in sites if not site.repeats] or sites:

@@ -25,7 +25,7 @@ from zsq_deploy.quant.qdq import PlacementRules, insert_qdq
 from zsq_deploy.quant.reader import is_dequantize, is_quantize, read_qdq
 from zsq_deploy.quant.scheme import Granularity, Scheme
 
-__all__ = ["PRODUCTS", "WEIGHTED", "Layer", "Site", "Template", "make_template"]
+__all__ = ["PRODUCTS", "WEIGHTED", "Layer", "Site", "Template", "make_template", "take_apart"]
 
 Array = npt.NDArray[Any]
 
@@ -140,16 +140,41 @@ def make_template(
         UsageError: A scheme has other bits than 8, or weights in blocks.
         ModelError: Nothing in the network can be quantized.
     """
+    # Weights are always stored as integers: that is what is learned.
+    rules = dataclasses.replace(rules or PlacementRules(), store_weights="integers")
+    _check_schemes(activation, weight)
+    graph = own_constants(graph, WEIGHTED)
+    qdq = insert_qdq(graph, ranges, activation=activation, weight=weight, rules=rules)
+    return take_apart(graph, qdq, activation=activation, weight=weight, rules=rules)
+
+
+def _check_schemes(activation: Scheme, weight: Scheme) -> None:
     if weight.granularity is Granularity.BLOCK or weight.bits != 8 or activation.bits != 8:
         raise UsageError(
             f"{activation} with {weight} cannot be learned",
             where="activation, weight",
             remedy="give the target's 8-bit schemes, weights per tensor or per channel; the bits are reduced within them",
         )
-    # Weights are always stored as integers: that is what is learned.
-    rules = dataclasses.replace(rules or PlacementRules(), store_weights="integers")
-    graph = own_constants(graph, WEIGHTED)
-    qdq = insert_qdq(graph, ranges, activation=activation, weight=weight, rules=rules)
+
+
+def take_apart(
+    graph: Graph, qdq: Graph, *, activation: Scheme, weight: Scheme, rules: PlacementRules | None = None
+) -> Template:
+    """The template of a Q/DQ graph that is there already, by whomever it was written.
+
+    Args:
+        graph: The float graph that it was made from: nodes and values have the same names. No two layers share a constant.
+        qdq: The Q/DQ graph, 8 bits everywhere, weights as integers behind DequantizeLinear. Other weights are left as they are.
+        activation: Scheme of activations, per tensor, 8 bits.
+        weight: Scheme of weights, per tensor or per channel, 8 bits.
+        rules: Which nodes move numbers or share a scale; only that is read.
+
+    Raises:
+        UsageError: A scheme has other bits than 8, or weights in blocks.
+        ModelError: Nothing in the network is quantized.
+    """
+    _check_schemes(activation, weight)
+    rules = rules or PlacementRules()
     found = [tensor for tensor in read_qdq(qdq) if tensor.quantize is not None and not tensor.is_weight]
     layers, weights, biases = _layers(graph, qdq)
     if not layers:
@@ -215,9 +240,14 @@ def _layers(graph: Graph, qdq: Graph) -> tuple[list[Layer], dict[str, Array], di
             bias = str(node.input[2])
             behind = qdq.producer(bias)
             integer = behind is not None and is_dequantize(behind)
-            numbers = graph.constant(original.input[2])
-            assert numbers is not None
-            biases[bias] = np.asarray(numbers, np.float32)
+            if len(original.input) > 2 and original.input[2]:
+                numbers = graph.constant(original.input[2])
+                assert numbers is not None
+                biases[bias] = np.asarray(numbers, np.float32)
+            else:  # the Q/DQ graph's own, of a layer that has none
+                held = qdq.constant(behind.input[0] if integer and behind is not None else bias)
+                assert held is not None
+                biases[bias] = np.zeros(held.shape, np.float32)
         weights[node.input[1]] = np.asarray(array, np.float32)
         layers.append(
             Layer(node.name, node.op_type, node.input[0], node.input[1], axis, bias, integer, str(node.output[0]))
