@@ -152,11 +152,9 @@ def bench(
         print_json(
             {
                 "results": {
-                    name: {
-                        one: on_device.section_of(found, "") | {"address": _address(done, name, one)}
-                        for one, found in row.items()
-                    }
+                    name: {one: done.report.targets[name].devices[one].model_dump(mode="json") for one in row}
                     for name, row in done.results.items()
+                    if done.report is not None
                 },
                 "skipped": [dict(zip(("device", "target", "why"), row, strict=True)) for row in done.skipped],
                 "failures": {name: str(error) for name, error in done.failures.items()},
@@ -165,10 +163,6 @@ def bench(
     else:
         _show(done, folder)
     return done.exit_code
-
-
-def _address(done: Any, target: str, device: str) -> str:
-    return str(done.report.targets[target].devices[device].address)
 
 
 def _show(done: Any, folder: Path) -> None:

@@ -166,6 +166,8 @@ class Inventory:
         for name in found:
             if not NAME.fullmatch(name) or name == LOCAL:
                 raise ZsqError(f"a device cannot be called {name!r}", where=str(self.file), remedy=remedy)
+        for name, entry in found.items():
+            self._device(name, entry)
         return found
 
     def _plain(self) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncssh
 
@@ -337,8 +337,7 @@ class SshLink:
         files = await self._sftp()
         with self._told(f"{path} cannot be read"):
             async with files.open(path, "rb") as file:
-                data = await file.read(limit + 1)
-        return data if isinstance(data, bytes) else data.encode()
+                return cast("bytes", await file.read(limit + 1))  # opened as bytes, typed as text
 
     async def start(self, command: Sequence[str]) -> Running:
         """Start a program."""
