@@ -264,6 +264,7 @@ def score(
             search=False,
             quantizer="implicit" if way == "implicit" else "auto",
             exact_scales=not (plain or options.free_scales),
+            float_macs=0.0 if plain else None,
             bias_correction=not (plain or options.no_bias_correction),
             weight_method=options.weight_method,
         )
@@ -271,7 +272,10 @@ def score(
             built = build_engine(model, images, measured, target, Path(scratch), settings, threads=options.threads)
             notes = list(built.notes)
             graph = Graph.load(built.engine.qdq_path)
-            findings = linted(model, measured.ranges, settings) if way != "implicit" else {}
+            if way != "implicit":
+                spared = tuple(built.engine.choices["spared_nodes"])
+                findings = linted(model, measured.ranges, settings, spared)
+                findings["10"] = len(lint(graph, target))  # the very graph that is scored
         calls = {
             "float": floating,
             "twin": twin_of(graph),
@@ -288,19 +292,20 @@ def score(
         "calibration": f"{used} {calibrated}",
         "lint": findings,
         "activations": sum(not tensor.is_weight for tensor in read_qdq(graph)),
+        "float_macs": built.engine.choices.get("spared", {}).get("macs_share", 0.0),
         "notes": notes,
     }
 
 
-def linted(model: Model, ranges: Any, settings: EngineSettings) -> dict[str, int]:
-    """Number of findings in the graph of each generation."""
+def linted(model: Model, ranges: Any, settings: EngineSettings, spared: tuple[str, ...] = ()) -> dict[str, int]:
+    """Number of findings in the graph of each generation, with layers left in float."""
     graph = model.folded().graph
     found: dict[str, int] = {}
     for number in GENERATIONS:
         target = get_target(f"tensorrt-{number}")
         if settings.weight_only and number < 10:
             continue
-        options = options_from(settings, target)
+        options = options_from(settings, target).with_(spared=spared)
         placed = (
             place_int4(graph, target, options) if settings.weight_only else place_qdq(graph, ranges, target, options)
         )

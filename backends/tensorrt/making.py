@@ -171,9 +171,12 @@ class Job:
     def centred(self, options: BuildOptions) -> tuple[Job, tuple[str, ...]]:
         """The job with Clips in the middle of the signed range, if there are any and that makes a better reference.
 
-        Biases and weights that were given belong to the network as it is, so nothing is moved then.
+        As with the search for ranges, it is tried where structured pictures are given. Biases and weights that were given belong to the
+        network as it is, so nothing is moved then.
         """
-        if self.calibration is None or not isinstance(self.ranges, Ranges) or options.biases or options.weights:
+        if self.probes is None or self.calibration is None or not isinstance(self.ranges, Ranges):
+            return self, ()
+        if options.biases or options.weights:
             return self, ()
         found = centre(self.folded, self.ranges)
         if not found.moved:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from zsq_deploy.backends import BuildSettings, get_target
 from zsq_deploy.backends.tensorrt.cache import CalibrationCache, check_binding, read_cache
-from zsq_deploy.backends.tensorrt.options import BuildOptions, options_from
+from zsq_deploy.backends.tensorrt.options import FLOAT_MACS, BuildOptions, options_from
 from zsq_deploy.backends.tensorrt.quantizer import build
 from zsq_deploy.backends.tensorrt.reference import reference_of_cache
 from zsq_deploy.errors import CalibrationError, UsageError
@@ -225,4 +225,4 @@ def test_a_cache_that_stands_for_a_float_engine_is_told(tmp_path: Path):
 def test_what_an_implicit_engine_cannot_have(target, settings, message):
     with pytest.raises(UsageError, match=message):
         options_from(BuildSettings(**settings), target)
-    assert options_from(BuildSettings(), TEN) == BuildOptions(exact_scales=True)
+    assert options_from(BuildSettings(), TEN) == BuildOptions(exact_scales=True, float_macs=FLOAT_MACS)

@@ -171,6 +171,22 @@ def test_16_bit_floats_are_a_word_of_the_command_line(zsq, tmp_path):
         assert (wrong.code, "--float-type" in wrong.err) == (2, True)
 
 
+def test_how_much_may_stay_in_float_is_a_word_of_the_command_line(zsq, tmp_path):
+    net = small.write_onnx(tmp_path / "net.onnx")
+    words = (net, "--method", "gaussian", "--images", "8", "-q")
+    for number, (more, share) in enumerate([((), 0.125), (("--float-macs", "0"), 0.0), (("--float-macs", "0.3"), 0.3)]):
+        out = tmp_path / f"out{number}"
+        said = zsq("quantize", *words, *more, "--target", "tensorrt-10", "-o", out)
+        assert said.code == 0, said.err
+        manifest = json.loads((out / "tensorrt-10" / "manifest.json").read_text())
+        assert manifest["choices"]["float_macs"] == share
+        assert set(manifest["choices"]["spared_nodes"]) == set(manifest["choices"].get("spared", {}).get("nodes", ()))
+    for target, value in (("ort-x86-vnni", "0.1"), ("tensorrt-10", "1.5")):
+        wrong = zsq("quantize", *words, "--float-macs", value, "--target", target, "-o", tmp_path / "no")
+        assert wrong.code == 2, wrong.err
+        assert "float-macs" in wrong.err or "float_macs" in wrong.err
+
+
 def test_a_set_of_another_shape_is_refused(zsq, tmp_path):
     net = small.write_onnx(tmp_path / "net.onnx")
     sizes = {"input": np.zeros((4, 3, 5, 5), np.float32)}
