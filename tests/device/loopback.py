@@ -7,6 +7,7 @@ import getpass
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -30,6 +31,22 @@ def free_port() -> int:
 
 def keygen(path: Path, *more: str) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path), *more], check=True, timeout=30)
+
+
+def programs() -> dict[int, str]:
+    """All programs of this machine by their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 class Server:
@@ -97,6 +114,19 @@ class Server:
             self._process.terminate()
             self._process.wait(10)
             self._process = None
+
+    def kill(self) -> None:
+        """End the server and all its sessions at once, with whatever runs in them."""
+        assert self._process is not None
+        ours, grown = {self._process.pid}, True
+        while grown:
+            more = {pid for pid in programs() if _parent(pid) in ours} | ours
+            grown, ours = more != ours, more
+        for pid in ours:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(10)
+        self._process = None
 
     def __enter__(self) -> Server:
         self.start()
