@@ -30,7 +30,7 @@ from zsq_deploy.report.device_schema import DeviceSection
         ("local", ("", None, None, None)),
         ("ssh://pi4", ("pi4", None, None, None)),
         ("ssh://Board", ("Board", None, None, None)),
-        ("ssh://pi@pi4.local:2222/home/pi/work", ("pi4.local", "pi", 2222, "/home/pi/work")),
+        ("ssh://pi@pi4.local:2222/srv/work", ("pi4.local", "pi", 2222, "/home/pi/work")),
         ("ssh://pi@pi4/", ("pi4", "pi", None, "/")),
         ("ssh://pi4/~/work", ("pi4", None, None, "~/work")),
         ("ssh://root@[fe80::1%25eth0]:22/tmp", ("fe80::1%25eth0", "root", 22, "/tmp")),
@@ -84,7 +84,7 @@ def test_the_inventory(tmp_path: Path) -> None:
     inventory = Inventory(tmp_path / "new" / "devices.yaml")
     assert inventory.devices() == {}
     pi = replace(
-        parse_address("ssh://pi@pi4.local/home/pi", name="pi4"),
+        parse_address("ssh://pi@pi4.local/srv/work", name="pi4"),
         python="~/venv/bin/python",
         threads=4,
         affinity="0-3",
@@ -98,7 +98,7 @@ def test_the_inventory(tmp_path: Path) -> None:
     assert inventory.find("ssh://a").host == "a"
     text = yaml.safe_load(inventory.file.read_text())
     assert text["devices"]["here"] == {"address": "local"}
-    assert text["devices"]["pi4"]["address"] == "ssh://pi@pi4.local/home/pi"
+    assert text["devices"]["pi4"]["address"] == "ssh://pi@pi4.local/srv/work"
     with pytest.raises(UsageError, match="already"):
         inventory.add(pi)
     inventory.add(replace(pi, threads=2), force=True)

@@ -2,7 +2,7 @@
 
     devices:
       pi4:
-        address: ssh://pi@pi4.local/home/pi/work
+        address: ssh://pi@pi4.local/srv/work
         python: ~/venv/bin/python
         threads: 4
         affinity: 0-3
