@@ -48,11 +48,11 @@ class _Quiet:
         pass
 
 
-def tuned(model, data, tuning, bits="w3a3"):
+def tuned(model, data, tuning, bits="w3a3", frozen=lambda state: ()):
     """A tuner that ran, with the state it started from."""
     template, _, state = start(model, data, bits, "ends-8bit", device=torch.device("cpu"))
     runner = Runner(template, torch.device("cpu"))
-    tuner = Tuner(runner, state, tuning, seed=1, axes=runner.batch_axes({"image": (3, 12, 12)}))
+    tuner = Tuner(runner, state, tuning, seed=1, axes=runner.batch_axes({"image": (3, 12, 12)}), frozen=frozen(state))
     with Cache(len(data)) as cache:
         cache.put("x:image", 0, torch.from_numpy(data.arrays()["image"].copy()))
         tuner.run(cache, len(data), _Quiet())
@@ -110,6 +110,18 @@ def test_nothing_changes_at_rates_of_zero_and_codes_stay_where_only_scales_move(
     moved = tuner.learned()
     assert all(np.array_equal(moved.weights[name].codes, state.weights[name].codes) for name in state.weights)
     assert any(not np.array_equal(moved.weights[name].scale, state.weights[name].scale) for name in state.weights)
+
+
+def test_frozen_scales_stay_and_the_others_move(model, data):
+    def eight(state):
+        return {group for group, one in state.activations.items() if one.scheme.bits == 8}
+
+    tuner, state = tuned(model, data, dataclasses.replace(SHORT, steps=10), frozen=eight)
+    after = tuner.learned()
+    moved = {group for group, one in state.activations.items() if after.activations[group] != one}
+    assert eight(state)
+    assert moved
+    assert not moved & eight(state)
 
 
 def test_the_graph_computes_what_was_tuned(model, data):

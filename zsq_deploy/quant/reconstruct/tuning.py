@@ -10,7 +10,7 @@ steps instead of epochs).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,18 @@ class Tuner:
         tuning: The schedule.
         seed: Of everything random.
         axes: Which axis of each value counts the images.
+        frozen: Groups of sites whose scale stays.
     """
 
     def __init__(
-        self, runner: Runner, state: State, tuning: Tuning, *, seed: int, axes: Mapping[str, int | None]
+        self,
+        runner: Runner,
+        state: State,
+        tuning: Tuning,
+        *,
+        seed: int,
+        axes: Mapping[str, int | None],
+        frozen: Collection[str] = (),
     ) -> None:
         self.runner, self.state, self.tuning, self.seed, self.axes = runner, state, tuning, seed, axes
         plain = runner.template.plain
@@ -115,7 +123,10 @@ class Tuner:
         self.sites = runner.sites(self.block)
         self.parts = [self._part(layer) for layer in runner.layers(self.block)]
         groups = dict.fromkeys(site.group for site in self.sites)
-        self.factors = {group: torch.ones((), device=runner.device, requires_grad=True) for group in groups}
+        moves = tuning.activation_scale_lr > 0
+        self.factors = {
+            group: torch.ones((), device=runner.device, requires_grad=moves and group not in frozen) for group in groups
+        }
         self.units: dict[str, float] = {}
 
     def _tensor(self, array: Any) -> Tensor:
@@ -209,7 +220,7 @@ class Tuner:
         rates = [
             ([part.steps for part in self.parts], tuning.code_lr),
             ([part.factor for part in self.parts], tuning.weight_scale_lr),
-            (list(self.factors.values()), tuning.activation_scale_lr),
+            ([factor for factor in self.factors.values() if factor.requires_grad], tuning.activation_scale_lr),
             (shifts, tuning.bias_lr),
         ]
         rates = [(found, rate) for found, rate in rates if found and rate > 0]
@@ -241,6 +252,8 @@ class Tuner:
         for part in self.parts:
             part.factor.clamp_(min=1e-3)
         for site in self.sites:
+            if not self.factors[site.group].requires_grad:
+                continue
             activation = self.state.activations[site.group]
             high = activation.limits(site.floor, site.ceiling).high
             largest = site.ceiling / high / activation.scale if high > 0 else math.inf
@@ -270,5 +283,6 @@ class Tuner:
                 self.state.activations[group].scheme,
             )
             for group, factor in self.factors.items()
+            if factor.requires_grad
         }
         return self.state.updated(weights, activations, biases)

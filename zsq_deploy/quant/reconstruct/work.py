@@ -157,7 +157,7 @@ class Work:
         images = with_shifted_images(images, tuning.shifts, word(self.seed, number, 1))
         self.cache.resize(len(images))
         self._put("x", images)
-        tuner = Tuner(self.runner, self.state, tuning, seed=word(self.seed, number), axes=self.axes)
+        tuner = Tuner(self.runner, self.state, tuning, seed=word(self.seed, number), axes=self.axes, frozen=self._fixed)
         with self.progress.task("tuning", float(tuning.steps)) as task:
             loss = tuner.run(self.cache, len(images), task)
         self.state = tuner.learned()
