@@ -30,7 +30,7 @@ from zsq_deploy.report.device_schema import DeviceSection
         ("local", ("", None, None, None)),
         ("ssh://pi4", ("pi4", None, None, None)),
         ("ssh://Board", ("Board", None, None, None)),
-        ("ssh://pi@pi4.local:2222/srv/work", ("pi4.local", "pi", 2222, "/home/pi/work")),
+        ("ssh://pi@pi4.local:2222/srv/work", ("pi4.local", "pi", 2222, "/srv/work")),
         ("ssh://pi@pi4/", ("pi4", "pi", None, "/")),
         ("ssh://pi4/~/work", ("pi4", None, None, "~/work")),
         ("ssh://root@[fe80::1%25eth0]:22/tmp", ("fe80::1%25eth0", "root", 22, "/tmp")),
