@@ -52,6 +52,8 @@ def candidates(graph: Graph, target: Target, base: BuildOptions | None = None) -
     """
     del target
     base = base or BuildOptions()
+    if base.weight_only:
+        return [base.with_(label="weights only")]
     if base.op_types is not None:
         return [base]
     present = {node.op_type for node in graph}
@@ -176,7 +178,8 @@ def choose(
         engine,
         choices={**engine.choices, "candidates": [one.to_json() for one in measured], "chosen": chosen.options.label},
     )
-    slower = not lacking and all(one.median_ms > one.float_ms for one in measured)
+    weight_only = measured[0].options.weight_only
+    slower = not lacking and not weight_only and all(one.median_ms > one.float_ms for one in measured)
     mixed: Measured | None = None
     if slower:
         notes.append(

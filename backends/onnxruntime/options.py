@@ -92,7 +92,7 @@ class BuildOptions:
         biases: Corrected biases: name of a bias initializer, or of the convolution or matrix product -> float array.
         weights: Replaced weights (equalized, rounded, ...): initializer name -> float array of the same shape.
         weight_scales: Learned weight scales per output channel: initializer name -> float array.
-        bits: ``w8a8``, or 2 to 8 bits each; fewer than 8 need `numbers`.
+        bits: ``w8a8``, or 2 to 8 bits each; fewer than 8 need `numbers`. ``w4a32``, ``w8a32``: only weights of matrix products, in blocks.
         numbers: Codes and scales that were found on the network's places; they replace the quantizer's.
         label: Short name in reports.
     """
@@ -117,11 +117,11 @@ class BuildOptions:
     label: str = "wide"
 
     def __post_init__(self) -> None:
-        if re.fullmatch(r"w[2-8]a[2-8]", self.bits.lower()) is None:
+        if re.fullmatch(r"w[2-8]a[2-8]|w[48]a32", self.bits.lower()) is None:
             raise UsageError(
                 f"the ONNX Runtime backend does not build {self.bits!r}",
                 where="--bits",
-                remedy="choose w8a8, w4a8, w4a4 or other bits from 2 to 8",
+                remedy="choose w8a8, w4a8, w4a4 or other bits from 2 to 8; or w4a32, w8a32: weights only",
             )
         if self.weight_method not in ("minmax", "mse"):
             raise UsageError(
@@ -136,8 +136,13 @@ class BuildOptions:
 
     @property
     def low_bits(self) -> bool:
-        """Whether weights or activations have fewer than 8 bits."""
-        return self.bits.lower() != "w8a8"
+        """Whether weights or activations have fewer than 8 bits, and activations are integers."""
+        return self.bits.lower() != "w8a8" and not self.weight_only
+
+    @property
+    def weight_only(self) -> bool:
+        """Only weights are stored in fewer bits; everything computes in float32."""
+        return self.bits.lower().endswith("a32")
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -202,6 +207,12 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             f"for target {target.name!r} a search decides which layers stay in float, not a limit",
             where="--float-macs",
             remedy="name them with --exclude, or deploy the TensorRT targets in a run of their own",
+        )
+    if settings.weight_only and settings.rounding != "nearest":
+        raise UsageError(
+            "weights in blocks are rounded to nearest",
+            where="--rounding",
+            remedy="leave it out, or ask for bits of weights and activations (w4a8)",
         )
     return BuildOptions(
         bits=settings.bits,

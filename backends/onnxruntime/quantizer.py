@@ -33,6 +33,7 @@ from zsq_deploy.backends.onnxruntime.placement import Placement, place
 from zsq_deploy.backends.onnxruntime.prepare import Prepared, prepare, replace_initializers
 from zsq_deploy.backends.onnxruntime.targets import weight_limit
 from zsq_deploy.backends.onnxruntime.tidy import IR_OF_OPSET, integer_pads, tidy
+from zsq_deploy.backends.onnxruntime.weight_only import weights_only
 from zsq_deploy.backends.onnxruntime.widen import widen
 from zsq_deploy.backends.provenance import check_exclusions, check_provenance
 from zsq_deploy.errors import CalibrationError, EngineError, UsageError
@@ -95,6 +96,8 @@ def build(
         float_path = folder / "float.onnx"
         _save(folded.proto, float_path)
         task.advance(step="prepare")
+        if options.weight_only:
+            return _weight_only_engine(model, target, folder, options, float_path)
         cache = folder / "calibration_cache.json"
         plan = _plan(model, ranges, target, options, calibration, progress)
         binding = write_cache(cache, plan.prepared.graph, plan.found, plan.ranges, model.digest)
@@ -117,27 +120,57 @@ def build(
             "rewrites": [*plan.prepared.rewrites, *added],
             "activation_steps_grew_by": plan.growth,
         }
-        write_json(
-            folder / "manifest.json",
-            {
-                "schema_version": 1,
-                "target": target.name,
-                "model": {"name": model.name, "digest": model.digest},
-                "engine": {"file": engine_path.name, "sha256": digest_file(engine_path)},
-                "qdq": {"file": qdq_path.name, "sha256": digest_file(qdq_path)},
-                "float": {"file": float_path.name, "sha256": digest_file(float_path)},
-                "cache": binding,
-                "choices": choices,
-                "versions": {
-                    "zsq-deploy": __version__,
-                    "onnxruntime": onnxruntime.__version__,
-                    "onnx": onnx.__version__,
-                    "numpy": np.__version__,
-                },
-            },
-        )
+        engine = Engine(path=engine_path, qdq_path=qdq_path, target=target, float_path=float_path, choices=choices)
+        _write_manifest(folder, model, engine, {"cache": binding})
         task.advance(step="done")
-    return Engine(path=engine_path, qdq_path=qdq_path, target=target, float_path=float_path, choices=choices)
+    return engine
+
+
+def _write_manifest(folder: Path, model: Any, engine: Engine, more: Mapping[str, Any]) -> None:
+    def entry(path: Path) -> dict[str, str]:
+        return {"file": path.name, "sha256": digest_file(path)}
+
+    write_json(
+        folder / "manifest.json",
+        {
+            "schema_version": 1,
+            "target": engine.target.name,
+            "model": {"name": model.name, "digest": model.digest},
+            "engine": entry(engine.path),
+            "qdq": entry(engine.qdq_path),
+            "float": entry(engine.float_path),
+            **more,
+            "choices": dict(engine.choices),
+            "versions": {
+                "zsq-deploy": __version__,
+                "onnxruntime": onnxruntime.__version__,
+                "onnx": onnx.__version__,
+                "numpy": np.__version__,
+            },
+        },
+    )
+
+
+def _weight_only_engine(model: Any, target: Target, folder: Path, options: BuildOptions, float_path: Path) -> Engine:
+    """Narrow weights in blocks, activations in float."""
+    folded = replace_initializers(model.folded().graph, options.biases, options.weights)
+    made = weights_only(folded, options)
+    engine_path, qdq_path = folder / "engine.onnx", folder / "qdq.onnx"
+    _save(made.qdq.proto, qdq_path)
+    _save(made.engine, engine_path)
+    convolutions = [name for name in made.skipped if folded.node(name).op_type in ("Conv", "ConvTranspose")]
+    notes = [f"weights only ({options.bits}): {len(made.stored)} matrix products, computed in float32 by MatMulNBits"]
+    if convolutions:
+        notes.append(f"ONNX Runtime has no convolution with narrow weights: {len(convolutions)} stay in float")
+    choices = {
+        **options.describe(),
+        "weights_stored": list(made.stored),
+        "float_nodes": dict(made.skipped),
+        "notes": notes,
+    }
+    engine = Engine(path=engine_path, qdq_path=qdq_path, target=target, float_path=float_path, choices=choices)
+    _write_manifest(folder, model, engine, {})
+    return engine
 
 
 @dataclass(frozen=True)
