@@ -92,12 +92,16 @@ def test_a_part_that_fails_is_a_row_and_is_tried_again(assets, tmp_path, monkeyp
     def broken(*_, **__):
         raise ValueError("no")
 
+    told += ["--protocols", "ends-8bit"]
     with monkeypatch.context() as change:
         change.setattr(compare, "round_to_nearest", broken)
         compare.main(told)
-    compare.main(told)
+    compare.main([*told, "--bits", "w4a4,mixed-w4a4"])
     lines = [json.loads(text) for text in out.read_text().splitlines()]
-    assert [each.get("error") for each in lines] == ["ValueError: no"] * 2 + [None] * 2
+    assert [each.get("error") for each in lines] == ["ValueError: no", None, None]
+    assert [each["part"].split()[0] for each in lines] == ["w4a4", "w4a4", "mixed-w4a4"]
+    assert "packed-bytes" in lines[-1]["allocation"]
+    assert "w5a4" in lines[-1]["description"]
 
 
 def test_unknown_words_are_refused(tmp_path, capsys):

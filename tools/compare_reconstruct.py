@@ -6,7 +6,7 @@
 A row is learned from images of one method (``zeroq+hast`` is both, in equal parts) or from real images, which is the ceiling: those come in two halves, and each half
 is scored by the network that was learned from the other one. What counts is what the last step leaves; nothing is chosen by
 accuracy. Every finished part is a line of --out, and a killed run goes on there (and in the middle of a synthesis) when the same command is given again. Sets
-are kept beside it (OUT.sets, named like those of compare_methods.py); --images-seed takes the same images for all seeds, --set NETWORK:NAME=PATH those of a folder.
+are kept beside it (OUT.sets, named like those of compare_methods.py); --images-seed takes the same images for all seeds, --set NETWORK:NAME=PATH those of a folder. ``--bits mixed-w3a4`` gives each layer 2, 3 or 4 bits in the space of W3A4.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from compare_methods import DRAWN, Comparison
 from zsq_deploy.calib import CalibrationManifest, CalibrationSet
 from zsq_deploy.evaldata import EvalData
 from zsq_deploy.model import Graph
-from zsq_deploy.quant.reconstruct import PRESETS, PROTOCOLS, reconstruct, round_to_nearest
+from zsq_deploy.quant.allocation import Prober, choose, cost_of
+from zsq_deploy.quant.reconstruct import PRESETS, PROTOCOLS, Bits, LayerBits, reconstruct, round_to_nearest
 
 BITS = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
-NEAREST = "nearest"
+NEAREST, MIXED = "nearest", "mixed-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,13 +138,31 @@ class LowBits(Comparison):
         """The Q/DQ graph of a part."""
         word, protocol, preset = bits.split()
         started = time.process_time()
+        asked: str | LayerBits = word
+        if word.startswith(MIXED):
+            asked = self.mixed(images, Bits.of(word.removeprefix(MIXED)), protocol)
         if preset == NEAREST:
-            result = round_to_nearest(self.model, images, word, protocol)
+            result = round_to_nearest(self.model, images, asked, protocol)
         else:
-            result = reconstruct(self.model, images, word, protocol, preset=preset, seed=seed)
+            result = reconstruct(self.model, images, asked, protocol, preset=preset, seed=seed)
         spent = self.trace.get("processor_seconds", 0.0) + time.process_time() - started
-        self.trace = {"description": result.description, "processor_seconds": spent}
+        self.trace |= {"description": result.description, "processor_seconds": spent}
         return result.graph
+
+    def mixed(self, images: CalibrationSet, bits: Bits, protocol: str) -> LayerBits:
+        """Weights of one bit less, as many, or one more, layer by layer, in the space that `bits` take in all layers."""
+        around = [
+            Bits(width, bits.activations) for width in range(bits.weights - 1, bits.weights + 2) if 2 <= width <= 8
+        ]
+        prober = Prober(self.model, images.take(0, min(len(images), 128)), around)
+        found = prober.sensitivities(protocol)
+        space = sum(
+            cost_of(layer, bits if bits in layer.losses else next(iter(layer.losses)), "packed-bytes")
+            for layer in found.layers
+        )
+        allocation = choose(found, space, unit="packed-bytes")
+        self.trace["allocation"] = allocation.description
+        return allocation.bits
 
 
 def _share(values: Sequence[float], form: str) -> str:
