@@ -20,6 +20,7 @@ from zsq_deploy.cli import main
 from zsq_deploy.device import agent, session
 from zsq_deploy.pipeline import on_device, verification
 from zsq_deploy.report import load
+from zsq_deploy.report.devices import device_rows
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,20 @@ def test_a_device_where_the_engine_disagrees(out: Path, zsq: Any, tmp_path: Path
     assert "55\u00a0°C → 55\u00a0°C" in page
     assert "yes: the clock fell" in page
     assert "1.24.4 ran an engine that was built and verified with" in page
+
+
+def test_times_of_an_emulator_are_marked(out: Path, zsq: Any, tmp_path: Path) -> None:
+    bundle = tmp_path / "net.zsq.tar"
+    assert zsq("bundle", out / "ort-x86-vnni", "-o", bundle, "--samples", 4).code == 0
+    found = packed.result(packed.sealed(bundle))
+    found["device"]["emulated"] = True
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    assert zsq("bench", out, "--bundle", bundle, "--result", tmp_path / "result.json", "--device", "board").code == 0
+    rows = {row.title: row.cells[1] for row in device_rows(load(out / "report.json"), "ort-x86-vnni")}
+    assert rows["Median"] == "1.50\u00a0ms (emulated)"
+    assert rows["Peak"].endswith(" (emulated)")
+    assert rows["Within 2 LSB of the twin"] == "100\u00a0%"
+    assert "Throttled" not in rows
 
 
 def test_targets_that_a_device_cannot_run_are_left_out(out: Path, zsq: Any, monkeypatch: Any) -> None:

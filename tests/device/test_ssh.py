@@ -328,6 +328,10 @@ def test_no_interpreter_an_old_one_and_none_with_a_runtime(server, light, there,
     with pytest.raises(DeviceError, match="was killed on the device") as caught:
         probe(device_at(server.port, there, python=str(killed)))
     assert "out of memory" in str(caught.value)
+    killed.write_text("#!/bin/sh\nkill -ILL $$\n")
+    with pytest.raises(DeviceError, match=r"crashed on the device \(signal ILL") as caught:
+        probe(device_at(server.port, there, python=str(killed)))
+    assert "install another version" in str(caught.value)
     monkeypatch.undo()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     bare = tmp_path / "bare"  # this interpreter without anything that was installed
@@ -377,6 +381,18 @@ def test_a_server_without_sftp(light, there, home, tmp_path_factory) -> None:
         plain.stop()
     assert "files cannot be copied" in str(caught.value)
     assert "openssh-sftp-server" in str(caught.value)
+
+
+def test_an_agent_that_stands_still(server, light, there, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(agent, "__file__", str(packed.pretend(tmp_path / "still.py", light, seconds=300.0)))
+
+    async def go() -> None:
+        async with visit(device_at(server.port, there), progress=loopback.Said()) as there_:
+            await there_.run(light, Measure(limit=2.0))
+
+    with pytest.raises(DeviceError, match="did not come to its end within 2 s"):
+        asyncio.run(go())
+    assert list(there.iterdir()) == []
 
 
 def test_a_device_cannot_confuse_the_terminal(server, light, there, tmp_path, monkeypatch) -> None:

@@ -68,6 +68,16 @@ def bench(
             rich_help_panel=_DEVICES,
         ),
     ] = 0,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            "--time-limit",
+            metavar="S",
+            min=0.01,
+            help="Seconds after which an agent that stands still is ended.",
+            rich_help_panel=_DEVICES,
+        ),
+    ] = 3600.0,
     affinity: Annotated[
         str | None,
         typer.Option("--affinity", metavar="0-3", help="Cores to run on.", rich_help_panel=_DEVICES),
@@ -144,7 +154,7 @@ def bench(
             targets=target,
             bundles=bundle or (),
             samples=samples,
-            measure=Measure(threads=threads, affinity=affinity, seconds=seconds, streams=streams),
+            measure=Measure(threads=threads, affinity=affinity, seconds=seconds, streams=streams, limit=time_limit),
             accept_new=accept_new_host_key,
             progress=progress,
         )

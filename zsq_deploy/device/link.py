@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -130,7 +131,10 @@ class _LocalRun:
 
     async def ended(self) -> Ended:
         code = await self._process.wait()
-        return Ended(code if code >= 0 else None, None if code >= 0 else f"{-code}", await self._said)
+        said = await self._said
+        return (
+            Ended(code, None, said) if code >= 0 else Ended(None, signal.Signals(-code).name.removeprefix("SIG"), said)
+        )
 
     async def stop(self) -> None:
         if self._process.returncode is None:

@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import json
 import secrets
+import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ RETRIES = 3
 PAUSE = 1.0
 """Seconds before a broken connection is made again; three times as long each further time."""
 
+_SIGNALS = {one.value: one.name.removeprefix("SIG") for one in signal.Signals}
+_LOOK = 600.0  # seconds that a look at a device may take
 _GRACE = 20.0  # seconds that cleaning up may take when something else went wrong
 
 
@@ -287,11 +290,15 @@ class Session:
                 where=self._where,
                 remedy="name an interpreter that is there, 3.9 or newer with numpy and the runtime: --python /path/to/python3",
             )
-        if ended.signal or ended.code in (137, 143):
+        killed = ended.signal or (_SIGNALS.get(ended.code - 128) if ended.code and ended.code > 128 else None)
+        if killed:
+            crashed = killed in ("SEGV", "ILL", "BUS", "FPE", "ABRT", "SYS")
             return DeviceError(
-                f"the agent was killed on the device (signal {ended.signal or (ended.code or 128) - 128}); {shown}",
+                f"the agent {'crashed' if crashed else 'was killed'} on the device (signal {killed}); {shown}",
                 where=self._where,
-                remedy="the device may be out of memory: use a smaller batch or fewer threads, or end other programs there",
+                remedy="the runtime there does not fit the processor or system: install another version of it"
+                if crashed
+                else "the device may be out of memory: use a smaller batch or fewer threads, or end other programs there",
             )
         return DeviceError(
             f"the agent ended with code {ended.code}: {shown}",
@@ -311,7 +318,7 @@ class Session:
         async def ask(link: Link) -> Ended:
             return await self._run(link, command, lambda event: found.update(event))
 
-        ended = await self._through("the device was looked at", ask)
+        ended = await self._within(self._through("the device was looked at", ask), _LOOK)
         if found.get("event") != "probe":
             raise self._failed(ended, "")
         return parse_probe(found, where=self._where)
@@ -360,5 +367,16 @@ class Session:
             first = False
             heard.ended = await self._run(link, command, heard)
 
-        await self._through(f"{job.target} was measured", work, heard.how_far)
+        await self._within(self._through(f"{job.target} was measured", work, heard.how_far), measure.limit)
         return heard
+
+    async def _within(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
+        """Wait for an agent, but not for ever."""
+        try:
+            return await asyncio.wait_for(work, seconds)
+        except TimeoutError as error:
+            raise DeviceError(
+                f"the agent did not come to its end within {seconds:g} s, and was ended",
+                where=self._where,
+                remedy="give it more time with --time-limit; if it stands still at the same step again, try another version of the runtime",
+            ) from error

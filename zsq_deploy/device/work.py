@@ -22,6 +22,7 @@ class Measure:
         seconds: How long runs are timed.
         runs: And how many at least.
         streams: Engines at once for the throughput; 0: it is not measured.
+        limit: Seconds after which an agent that has not come to its end is given up.
     """
 
     threads: int = 1
@@ -29,6 +30,7 @@ class Measure:
     seconds: float = 5.0
     runs: int = 20
     streams: int = 0
+    limit: float = 3600.0
 
     def arguments(self) -> list[str]:
         """As the agent's options."""

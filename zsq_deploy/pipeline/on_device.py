@@ -153,7 +153,6 @@ def _tour(
         installed = probe.runtimes.get(get_target(name).runtime)
         if missing and (not insist or installed is None or installed.version is None):
             done.skipped.append((device.name, name, "; ".join(missing)))
-            progress.say(f"{device.name}: {name} is left out: {'; '.join(missing)}")
             continue
         jobs.append((store.job(name), missing))
     if not jobs:

@@ -176,12 +176,19 @@ def _table() -> Iterable[tuple[str, str, _Here, _There]]:
     )
 
 
+def _marked(group: str, text: str, section: DeviceSection) -> str:
+    """A figure that an emulator makes meaningless, marked as such; whether it was throttled, an emulator cannot say at all."""
+    if not section.emulated or text == words.NOTHING or group not in ("Latency", "Memory", "Clocks"):
+        return text
+    return words.NOTHING if group == "Clocks" else f"{text} (emulated)"
+
+
 def device_rows(report: Report, name: str) -> list[DeviceRow]:
     """The figures of a target on every place; rows that nobody has are left out."""
     target = report.targets[name]
     rows, group = [], ""
     for part, title, here, there in _table():
-        cells = (here(target, report), *(there(section) for section in target.devices.values()))
+        cells = (here(target, report), *(_marked(part, there(one), one) for one in target.devices.values()))
         if all(cell == words.NOTHING for cell in cells[1:]):
             continue
         rows.append(DeviceRow(part if part != group else "", title, cells))
