@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -246,17 +249,81 @@ def test_a_server_that_is_killed(server, work, there) -> None:
     assert list(there.iterdir()) == []
 
 
+def test_a_workstation_that_dies_leaves_nothing_for_good(work, server, there, tmp_path, monkeypatch) -> None:
+    """Killed in the middle, without a chance to clean up: the next visit does it, and a visit that goes on is left in peace."""
+    slow = packed.pretend(tmp_path / "slow.py", work, seconds=60.0)
+    device = device_at(server.port, there)
+    program = f"""
+import asyncio
+from pathlib import Path
+from zsq_deploy.device import agent
+from zsq_deploy.device.address import parse_address
+from zsq_deploy.device.session import visit
+from zsq_deploy.device.work import Job, Measure
+
+agent.__file__ = {str(slow)!r}
+
+class Said:
+    def say(self, text):
+        print(text, flush=True)
+    def task(self, title, total):
+        from zsq_deploy.progress import SILENT
+        return SILENT.task(title, total)
+
+async def go():
+    device = parse_address({device.address!r}, name="board")
+    device = type(device)(**{{**vars(device), "python": {sys.executable!r}}})
+    async with visit(device, progress=Said()) as there:
+        await there.run(Job(Path({str(work.archive)!r}), {work.target!r}, {work.manifest_sha256!r}), Measure())
+
+asyncio.run(go())
+"""
+    running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    while "measuring latency" not in (line := running.stdout.readline()):
+        assert line, "it ended"
+    (folder,) = there.iterdir()
+    said = loopback.Said()
+    assert tour(device, work, said).target == work.target
+    assert folder.exists()
+    running.kill()
+    running.communicate()
+    assert _gone(f"{folder}/agent.py")
+    assert tour(device, work, said).target == work.target
+    assert f"removed the folder of an earlier visit, {folder}" in said.text()
+    assert list(there.iterdir()) == []
+
+
 def test_a_list_of_leftovers_holds_only_our_folders(tmp_path) -> None:
     file = tmp_path / "state" / "left.json"
     left = Leftovers(file)
-    left.add("ssh://a", "/home/zsq-bench-1")
-    left.add("ssh://a", "/home/zsq-bench-1")
-    left.add("ssh://b", "/zsq-bench-2")
-    assert left.of("ssh://a") == ["/home/zsq-bench-1"]
-    file.write_text(json.dumps({"ssh://a": ["/", "/home", "/home/zsq-bench-9", 3], "ssh://b": "/"}))
-    assert left.of("ssh://a") == ["/home/zsq-bench-9"]
+    left.claim("ssh://a", "/srv/zsq-bench-1")
+    assert left.of("ssh://a") == []
+    left.leave("ssh://a", "/srv/zsq-bench-1")
+    left.leave("ssh://b", "/zsq-bench-2")
+    assert left.of("ssh://a") == ["/srv/zsq-bench-1"]
+    dead = {"host": platform.node(), "pid": os.getpid(), "since": 1.0}
+    far = {**dead, "host": "another machine"}
+    file.write_text(
+        json.dumps(
+            {
+                "ssh://a": {
+                    "/": {},
+                    "/srv": {},
+                    "/srv/zsq-bench-9": dead,
+                    "/srv/zsq-bench-8": far,
+                    "/srv/zsq-bench-7": 1,
+                },
+                "ssh://b": "/",
+            }
+        )
+    )
+    assert left.of("ssh://a") == ["/srv/zsq-bench-9"]
     assert left.of("ssh://b") == []
-    left.forget("ssh://a", "/home/zsq-bench-9")
+    left.forget("ssh://a", "/srv/zsq-bench-9")
     assert left.of("ssh://a") == []
     file.write_text("broken")
     assert left.of("ssh://a") == []
+    nowhere = Leftovers(file / "a file is no folder" / "left.json")
+    nowhere.claim("ssh://a", "/srv/zsq-bench-1")
+    assert nowhere.of("ssh://a") == []

@@ -105,6 +105,7 @@ class Session:
     def __init__(self, device: Device, connect: _Connect, progress: Progress, leftovers: Leftovers) -> None:
         self.device = device
         self.folder = ""
+        self._made = ""
         self._connect = connect
         self._progress = progress
         self._leftovers = leftovers
@@ -141,6 +142,8 @@ class Session:
             return await link.make_folder(self.device.folder, self._name)
 
         self.folder = await self._through("its folder was made", make)
+        self._made = self.folder
+        self._leftovers.claim(self.device.address, self.folder)
 
     async def _sweep(self) -> None:
         """Remove what earlier visits had to leave behind."""
@@ -217,9 +220,11 @@ class Session:
         await self._drop()
 
     def remember(self) -> None:
-        """Keep in mind a folder that is still there."""
+        """Keep in mind a folder that is still there, and strike out one that is not."""
         if self.folder:
-            self._leftovers.add(self.device.address, self.folder)
+            self._leftovers.leave(self.device.address, self.folder)
+        elif self._made:
+            self._leftovers.forget(self.device.address, self._made)
 
     # --- the work -----------------------------------------------------------------------------------------------------
 
