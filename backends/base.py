@@ -43,6 +43,8 @@ class Target:
         session: Options of the runtime's session, by the runtime's own keys.
         requires: CPU features without which the target is built, but not measured, here (``avx512_vnni``).
         notes: What a user should know (saturation, fallbacks), one sentence each.
+        tie_free_sums: The runtime rounds sums that are half-way between two codes in another way than the graph does, so scales are chosen
+            with which none is (:mod:`zsq_deploy.quant.significands`).
     """
 
     name: str
@@ -55,6 +57,7 @@ class Target:
     session: Mapping[str, str] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tie_free_sums: bool = False
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ def _plan(
             activation=target.activation,
             weight=target.weight,
             nodes=placement.nodes,
+            tie_free_sums=target.tie_free_sums,
         )
         found, growth = dict(exact.ranges), exact.coarser
         options = options.with_(weight_scales={**exact.weight_scales, **options.weight_scales})

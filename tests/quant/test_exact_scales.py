@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsq_deploy.backends import get_backend, get_target
+from zsq_deploy.backends.onnxruntime.kernels import Arm64Arithmetic
 from zsq_deploy.model import Graph, Twin, load_model
 from zsq_deploy.quant import Granularity, Scheme, collect
 from zsq_deploy.quant.exact_scales import exact_scales, exactly_representable, snap_scale
@@ -158,3 +160,91 @@ def test_per_tensor_weights_get_one_scale() -> None:
     ranges = dict.fromkeys(("image", "a", "ar", "d", "dr", "p", "s", "sr", "g", "f", "logits"), (-1.0, 3.0))
     found = exact_scales(graph, ranges, activation=U8, weight=Scheme(bits=8, restricted=True))
     assert found.weight_scales["w0"].size == 1
+
+
+def sums_of(graph: Graph) -> list[tuple[str, tuple[str, str]]]:
+    return [(graph.consumers(n.output[0])[0].output[0], (n.input[0], n.input[1])) for n in graph if n.op_type == "Add"]
+
+
+def step(bounds: tuple[float, float]) -> float:
+    return (bounds[1] - bounds[0]) / 255
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_sum_is_half_way_where_halves_are_rounded_away(seed: int, tmp_path: Path) -> None:
+    """All 65,536 pairs of codes of every sum: Arm's fixed-point rule, exact arithmetic and the graph's rule agree."""
+    path = tmp_path / "net.onnx"
+    onnx.save(residual_network(seed), path)
+    model = load_model(path)
+    graph = model.folded().graph
+    rng = np.random.default_rng(seed)
+    names = [value for node in graph for value in (*node.input, *node.output) if graph.constant(value) is None]
+    ranges = {name: (-float(rng.uniform(0.1, 3)), float(rng.uniform(0.1, 6))) for name in dict.fromkeys(names)}
+    ranges[sums_of(graph)[0][0]] = (0.0, float(rng.uniform(1, 8)))
+    s8 = Scheme(bits=8, signed=True, symmetric=False)
+    plain = exact_scales(graph, ranges, activation=s8, weight=S8)
+    found = exact_scales(graph, ranges, activation=s8, weight=S8, tie_free_sums=True)
+    assert plain.tying == found.tying == ()
+    assert found.coarser < 1.25
+
+    def differing(exact: object) -> int:
+        count = 0
+        for output, (first, second) in sums_of(graph):
+            scales = [step(exact.ranges[name]) for name in (first, second, output)]  # type: ignore[attr-defined]
+            parameters = [(np.float32(scale), 0) for scale in scales]
+            arm = Arm64Arithmetic().add_table(*parameters, np.int8).astype(np.int64)
+            codes = np.arange(256).astype(np.uint8).view(np.int8).astype(np.float64)
+            exactly = (codes[:, None] * scales[0] + codes[None, :] * scales[1]) / scales[2]
+            count += int((np.clip(np.rint(exactly), -128, 127) != arm).sum())
+            if exact is found:
+                assert np.abs(np.abs(exactly - np.trunc(exactly)) - 0.5).min() > 1 / 200
+        return count
+
+    assert differing(found) == 0
+
+
+def test_a_chain_of_sums_stays_off_the_middle() -> None:
+    """Nine residual sums in a row, as in ResNet-20: the significands do not run out."""
+    lines, value = [], "x"
+    for block in range(9):
+        lines += [
+            f"c{block} = Conv ({value}, w{block})",
+            f"s{block} = Add (c{block}, {value})",
+            f"r{block} = Relu (s{block})",
+        ]
+        value = f"r{block}"
+    body = "\n".join(lines)
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> net (float[N,4,5,5] x) => (float[N,4,5,5] {value}) {{ {body} }}'
+    )
+    rng = np.random.default_rng(0)
+    for block in range(9):
+        weight = rng.normal(0, 0.3, (4, 4, 1, 1)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{block}"))
+    ranges = {"x": (-2.0, 2.0)}
+    for block in range(9):
+        top = float(rng.uniform(2, 8))
+        ranges |= {f"c{block}": (-top / 2, top / 1.5), f"r{block}": (0.0, top)}
+        ranges[f"s{block}"] = ranges[f"r{block}"]
+    graph = Graph(proto)
+    s8 = Scheme(bits=8, signed=True, symmetric=False)
+    found = exact_scales(graph, ranges, activation=s8, weight=S8, tie_free_sums=True)
+    assert found.tying == ()
+    assert found.coarser < 1.4
+    for output, pair in sums_of(graph)[:-1]:
+        scales = [Fraction(step(found.ranges[name])).limit_denominator(2**30) for name in (*pair, output)]
+        for ratio in (scales[0] / scales[2], scales[1] / scales[2]):
+            assert ratio.denominator % 2 == 1
+
+
+def test_a_sum_of_a_value_with_what_follows_from_it_is_still_given_scales() -> None:
+    """Where inputs and output must share a significand (a circle), the scales are the usual ones, and the sum is named."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> net (float[N,4,6,6] x) => (float[N,8,6,6] y) '
+        "{ s = Add (x, x)  y = Concat <axis = 1> (x, s) }"
+    )
+    s8 = Scheme(bits=8, signed=True, symmetric=False)
+    ranges = {"x": (-1.0, 1.0), "s": (-2.0, 2.0), "y": (-2.0, 2.0)}
+    found = exact_scales(Graph(proto), ranges, activation=s8, weight=S8, tie_free_sums=True)
+    assert found.tying == ("s",)
+    assert all(step(found.ranges[name]) >= step(ranges[name]) * 0.99 for name in ranges)

@@ -7,7 +7,8 @@ computation rounds at all before the final ``rint``:
 
 * an activation scale is ``a * 2**i`` with ``a`` in {4, 5, 6, 7};
 * tensors that meet in an operator without weights (Add, Concat, pooling, ...) share one ``a``, so that their scales differ by
-  powers of two;
+  powers of two (or, where a runtime breaks the ties of sums in another way than the graph does, a sum's output gets an ``a`` with which
+  it cannot tie: :mod:`zsq_deploy.quant.significands`);
 * the weight scale of an output channel is ``a_y * b * 2**j`` with ``b`` in {8..15}, where ``a_y`` belongs to the output, so that
   ``M = a_x * b * 2**k`` is a short exact number, and ``accumulator * M`` fits the 24 bits of a float32.
 
@@ -29,15 +30,12 @@ import numpy.typing as npt
 
 from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.quant.scheme import Granularity, Scheme
+from zsq_deploy.quant.significands import BIT_COSTS, SHRINK, Sum, choose, grid_of, in_order, snap_scale
 
 __all__ = ["ExactScales", "Groups", "exact_scales", "exactly_representable", "requantizes_exactly", "snap_scale"]
 
-ACTIVATION_SIGNIFICANDS = (4, 5, 6, 7)
 WEIGHT_SIGNIFICANDS = (tuple(range(8, 16)), tuple(range(4, 8)))
 """Fine first; the coarser set serves channels whose requantization multiplier is so small that a product would need 25 bits."""
-
-SHRINK = 0.005
-"""A range may lose this share of its length (about one code of 255) rather than grow to the next significand."""
 
 _WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0, "MatMul": 1}
 _FUSED = ("Relu", "Clip")
@@ -52,32 +50,14 @@ class ExactScales:
         weight_scales: Scale per output channel of every weight initializer, float32 [C], or [1] for per-tensor weights.
         coarser: Mean factor by which activation scales grew (1.0: not at all), for the report.
         inexact: Weight initializers with channels whose requantization may still round, with the number of such channels.
+        tying: With `tie_free_sums`: sums (by output) that may still be half-way between two codes.
     """
 
     ranges: Mapping[str, tuple[float, float]]
     weight_scales: Mapping[str, npt.NDArray[np.float32]]
     coarser: float = 1.0
     inexact: Mapping[str, int] = field(default_factory=dict)
-
-
-def snap_scale(
-    scale: float, significands: Iterable[int], *, shrink: float = SHRINK, largest: float = math.inf
-) -> float:
-    """The smallest ``m * 2**e`` (m from `significands`) that is at least ``scale * (1 - shrink)``.
-
-    Args:
-        scale: The scale wanted, positive.
-        significands: Allowed integer significands.
-        shrink: Share by which the result may stay below `scale`.
-        largest: Upper limit of the result; where it excludes every candidate above `scale`, the largest allowed one is taken.
-    """
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"a scale must be positive and finite, not {scale}")
-    exponent = math.floor(math.log2(scale))
-    candidates = sorted({m * 2.0**e for m in significands for e in range(exponent - 9, exponent + 3)})
-    allowed = [value for value in candidates if value <= largest]
-    fitting = [value for value in allowed if value >= scale * (1 - shrink)]
-    return fitting[0] if fitting else allowed[-1]
+    tying: tuple[str, ...] = ()
 
 
 def exactly_representable(value: float, bits: int = 24) -> bool:
@@ -136,6 +116,7 @@ def exact_scales(
     weight: Scheme,
     nodes: Iterable[str] | None = None,
     clip_ratio: Mapping[str, npt.NDArray[np.float64]] | None = None,
+    tie_free_sums: bool = False,
 ) -> ExactScales:
     """Move ranges and weight scales to the grid on which engine and reference agree exactly.
 
@@ -147,10 +128,28 @@ def exact_scales(
         nodes: Names of the nodes that will be quantized; ``None``: all. Only they tie their values together. A value that is fused
             away (between a convolution and its Relu) does not bind the choice.
         clip_ratio: Factor on the largest magnitude of each output channel of a weight, float64 [C] (from a range search).
+        tie_free_sums: Choose the scales of sums of two activations so that no sum is half-way between two codes, for runtimes that round
+            such halves in another way than the graph does.
 
     Returns:
         The new ranges and weight scales. Ranges that `ranges` holds for values that are not quantized are passed through.
     """
+    if not tie_free_sums:
+        return _exact_scales(graph, ranges, activation, weight, nodes, clip_ratio, None)
+    nodes = None if nodes is None else tuple(nodes)
+    tried = [_exact_scales(graph, ranges, activation, weight, nodes, clip_ratio, cost) for cost in BIT_COSTS]
+    return min(tried, key=lambda one: (len(one.tying), sum(one.inexact.values()), one.coarser))
+
+
+def _exact_scales(
+    graph: Graph,
+    ranges: Mapping[str, tuple[float, float]],
+    activation: Scheme,
+    weight: Scheme,
+    nodes: Iterable[str] | None,
+    clip_ratio: Mapping[str, npt.NDArray[np.float64]] | None,
+    bit_cost: float | None,
+) -> ExactScales:
     chosen = {node.name for node in graph} if nodes is None else set(nodes)
     fused_away = {
         str(node.input[0])
@@ -162,9 +161,16 @@ def exact_scales(
     bound = set(ranges) - fused_away
 
     groups = Groups()
+    sums: list[Sum] = []
     for node in graph:
         if node.name not in chosen:
             continue
+        if bit_cost is not None and node.op_type == "Add" and all(value in bound for value in node.input):
+            output = str(node.output[0])
+            output = _fused_activation(graph, output) if output in fused_away else output
+            if output in bound:
+                sums.append((output, (str(node.input[0]), str(node.input[1]))))
+                continue
         if node.op_type in _FUSED and node.input[0] in bound and node.output[0] in bound:
             groups.union(node.input[0], node.output[0])
             continue
@@ -186,31 +192,25 @@ def exact_scales(
     significand: dict[str, int] = {}
     scale_of: dict[str, float] = {}
     growth: list[float] = []
-    for values in members.values():
-        best: tuple[float, int, dict[str, float]] | None = None
-        for candidate in ACTIVATION_SIGNIFICANDS:
-            cost, scales = 0.0, {}
-            for value in values:
-                low, high = _with_zero(ranges[value])
-                length = 2 * max(-low, high) if activation.symmetric else high - low
-                scale = max(length, 1e-6) / (activation.levels - 1)
-                limit = _upper_bound(graph, value)
-                largest = math.inf
-                if math.isfinite(limit) and limit > 0 and high >= limit * (1 - SHRINK):
-                    # Runtimes drop a Clip whose bounds the integer range enforces: the range must not end above the bound.
-                    largest = (limit - low) / (activation.levels - 1)
-                scales[value] = snap_scale(scale, [candidate], largest=largest)
-                cost += abs(math.log(scales[value] / scale))
-            if best is None or cost < best[0]:
-                best = (cost, candidate, scales)
-        assert best is not None
-        for value in values:
+    added = {name for _, pair in sums for name in pair}
+    for values in in_order(members, sums, groups.find):
+        wanted = {value: _wanted(graph, value, ranges[value], activation) for value in values}
+        grids = {
+            output: min(grid_of(scale_of[name]) for name in pair)
+            for output, pair in sums
+            if output in wanted and all(name in scale_of for name in pair)
+        }
+        matters = bit_cost is not None and bool(grids or added & wanted.keys())
+        short, scales = choose(wanted, grids, bit_cost if bit_cost is not None and matters else 0.0)
+        for value, scale in scales.items():
             low, high = _with_zero(ranges[value])
-            scale = best[2][value]
             zero = _zero_point(low, scale, activation)
             new_ranges[value] = ((activation.qmin - zero) * scale, (activation.qmax - zero) * scale)
-            significand[value], scale_of[value] = best[1], scale
+            significand[value], scale_of[value] = short, scale
             growth.append(scale * (activation.levels - 1) / max(high - low, 1e-6))
+    tying = tuple(
+        output for output, pair in sums if not _never_half_way(scale_of[output], [scale_of[name] for name in pair])
+    )
 
     weight_scales: dict[str, npt.NDArray[np.float32]] = {}
     inexact: dict[str, int] = {}
@@ -235,7 +235,25 @@ def exact_scales(
         weight_scales[node.input[1]] = channel_scales
         if rounding:
             inexact[node.input[1]] = rounding
-    return ExactScales(new_ranges, weight_scales, float(np.exp(np.mean(np.log(growth)))) if growth else 1.0, inexact)
+    coarser = float(np.exp(np.mean(np.log(growth)))) if growth else 1.0
+    return ExactScales(new_ranges, weight_scales, coarser, inexact, tying)
+
+
+def _never_half_way(output: float, inputs: Iterable[float]) -> bool:
+    """Whether no sum of whole multiples of `inputs` is an odd multiple of half of `output`."""
+    return all(grid_of(scale) >= grid_of(output) for scale in inputs)
+
+
+def _wanted(graph: Graph, value: str, bounds: tuple[float, float], activation: Scheme) -> tuple[float, float]:
+    """The scale that covers a range, and the largest one that is allowed."""
+    low, high = _with_zero(bounds)
+    length = 2 * max(-low, high) if activation.symmetric else high - low
+    limit = _upper_bound(graph, value)
+    largest = math.inf
+    if math.isfinite(limit) and limit > 0 and high >= limit * (1 - SHRINK):
+        # Runtimes drop a Clip whose bounds the integer range enforces: the range must not end above the bound.
+        largest = (limit - low) / (activation.levels - 1)
+    return max(length, 1e-6) / (activation.levels - 1), largest
 
 
 def _with_zero(bounds: tuple[float, float]) -> tuple[float, float]:

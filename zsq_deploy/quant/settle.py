@@ -25,10 +25,11 @@ import numpy.typing as npt
 
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph
-from zsq_deploy.quant.exact_scales import ACTIVATION_SIGNIFICANDS, Groups, snap_scale
+from zsq_deploy.quant.exact_scales import Groups, snap_scale
 from zsq_deploy.quant.reader import QuantizedTensor, dequantized_weight
 from zsq_deploy.quant.regions import Layer, Regions, Term, axis_form, read_regions
 from zsq_deploy.quant.scheme import Scheme
+from zsq_deploy.quant.significands import ACTIVATION_SIGNIFICANDS
 
 __all__ = ["Settled", "settle", "trailing_step"]
 
