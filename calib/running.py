@@ -30,6 +30,7 @@ from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
 from zsq_deploy.calib.parts.labels import LabelSpace, find_labels
 from zsq_deploy.calib.parts.memory import steady_memory
 from zsq_deploy.calib.parts.network import prepare
+from zsq_deploy.calib.parts.precision import Precision
 from zsq_deploy.calib.parts.priors import InputSpace
 from zsq_deploy.calib.parts.recipe import Preparation, Recipe, describe, stages
 from zsq_deploy.calib.parts.sizing import batch_sizes, largest_batch
@@ -63,6 +64,7 @@ class Run:
         threads: Threads of each.
         progress: Where to report.
         notes: What a reader of the result should know; lines are added.
+        precision: What the network's convolutions and matrix products read.
     """
 
     method: str
@@ -79,6 +81,7 @@ class Run:
     threads: int
     progress: Progress
     notes: list[str]
+    precision: Precision = "float32"
 
     def recipes(self) -> tuple[Recipe, ...]:
         """The stages of the method."""
@@ -202,7 +205,9 @@ class Stage:
                 self.checkpoint.save_prepared(prepared)
             context = replace(context, prepared={name: value.to(run.device) for name, value in prepared.items()})
         self.context = context
-        self.objective = Objective(recipe, network, spec, space, device=run.device, context=context)
+        self.objective = Objective(
+            recipe, network, spec, space, device=run.device, context=context, precision=run.precision
+        )
         fixed = None if model.dynamic_batch else int(spec.shape[0] or 1)
         largest, piece, note = largest_batch(
             self.objective, self.shape, wanted, run.device, fixed, share=1 / run.workers
@@ -240,6 +245,8 @@ class Stage:
             "native_loops": self.loops,
             "torch": torch.__version__,
         }
+        if run.precision != "float32":
+            record["precision"] = run.precision
         if self.number:
             record["stage"] = self.number
         if run.others:
@@ -284,6 +291,7 @@ class Stage:
             "batch_norms": len(self.context.network.layers),
             "threads": run.threads,
             "native_loops": self.loops,
+            "precision": run.precision,
         }
         targets = [plain["targets"] for plain in self.plains if "targets" in plain]
         if targets:

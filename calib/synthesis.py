@@ -17,6 +17,7 @@ import torch
 from zsq_deploy.calib.calibration_set import CalibrationSet
 from zsq_deploy.calib.manifest import CalibrationManifest
 from zsq_deploy.calib.methods import METHODS, Method
+from zsq_deploy.calib.parts.precision import resolved as resolved_precision
 from zsq_deploy.calib.parts.recipe import resolve
 from zsq_deploy.calib.running import Run
 from zsq_deploy.calib.writer import CalibrationWriter
@@ -45,6 +46,7 @@ def synthesize(
     others: Sequence[Model] = (),
     workers: int = 1,
     output: Path | None = None,
+    precision: str = "float32",
 ) -> CalibrationSet:
     """Make a calibration set for a network without any data.
 
@@ -63,6 +65,8 @@ def synthesize(
         workers: Processes that make batches at the same time, each with an equal share of the threads; on several GPUs, one each in turn.
         output: Folder to write the set to; ``None``: it is returned in memory. With a folder, no more than one batch is in memory
             at a time, and what is in `workdir` is left for the caller to remove.
+        precision: ``float32``; ``bfloat16``: convolutions and matrix products of the network read bfloat16, everything else stays float32; ``auto``:
+            ``bfloat16`` on a GPU that computes in it.
 
     Returns:
         The set, float32 in the network's input space, with a manifest that says how it was made. Its ``parameters`` hold the
@@ -97,6 +101,7 @@ def synthesize(
         )
     resolved = resolve(method, chosen.defaults, parameters)
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width = resolved_precision(precision, place)
     started, notes = time.monotonic(), list[str]()
     requested: str | None = None
     if chosen.needs_bn:
@@ -148,6 +153,7 @@ def synthesize(
             threads=max(1, threads // workers) if place.type == "cpu" else threads,
             progress=progress,
             notes=notes,
+            precision=width,
         )
         stage, outcome, seconds = run.optimise()
         manifest = CalibrationManifest.of(

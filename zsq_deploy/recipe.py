@@ -152,6 +152,10 @@ class CalibrationSection(_Section):
     workers: int = Field(
         default=1, ge=1, description="Processes that make images at the same time, each with a share of the threads."
     )
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32",
+        description="What convolutions read while images are made; bfloat16 is meant for GPUs, auto takes it where there is one.",
+    )
     holdout: int = Field(
         default=64,
         ge=0,

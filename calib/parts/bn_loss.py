@@ -232,6 +232,7 @@ class BNMatcher:
             def measure(y: Tensor) -> Tensor:
                 # One number per image and channel has no spread: such a layer is matched over the batch.
                 per_sample = self.loss.per_sample and count_of(y.shape, True) > 1
+                y = y.to(self._dtype)  # of a convolution in mixed precision
                 passed, mean, var = watch(
                     y,
                     per_sample=per_sample,

@@ -1,7 +1,8 @@
 """Optimising one batch of images against one network, step by step, from and to an exact state.
 
-All arithmetic is float32. bfloat16 convolutions were tried on a processor with AVX512-BF16: at these sizes they reached 80 to 100
-GFLOP/s a core, float32 ones 140 to 170, so there was nothing to gain for the precision lost.
+All arithmetic is float32 unless the user asks for mixed precision, which is meant for GPUs: then convolutions and matrix products read bfloat16, and statistics,
+losses, gradients in the pixels and the optimiser stay float32. On a processor with AVX512-BF16 there was nothing to gain for the precision lost: at these sizes
+bfloat16 convolutions reached 80 to 100 GFLOP/s a core, float32 ones 140 to 170.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zsq_deploy.calib.parts.labels import Targets, uniform
 from zsq_deploy.calib.parts.moments import watch
 from zsq_deploy.calib.parts.network import SynthesisNetwork
 from zsq_deploy.calib.parts.parametrisations import Finishing, Parametrisation, Renewing, Start
+from zsq_deploy.calib.parts.precision import Precision, mixed
 from zsq_deploy.calib.parts.priors import InputSpace
 from zsq_deploy.calib.parts.recipe import Finished, Group, Recipe
 from zsq_deploy.calib.parts.schedules import ScheduleState
@@ -117,6 +119,7 @@ class Objective:
         dtype: In what precision.
         piece: Images that are worked through at a time where the loss allows it; ``None``: all at once.
         context: What the recipe's terms are bound to; not needed without terms.
+        precision: What the network's convolutions and matrix products read.
     """
 
     def __init__(
@@ -130,11 +133,12 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         piece: int | None = None,
         context: Context | None = None,
+        precision: Precision = "float32",
     ) -> None:
         from zsq_deploy.model import Twin
 
         self.recipe, self.network, self.space = recipe, network, space
-        self.device, self.dtype, self.context = device, dtype, context
+        self.device, self.dtype, self.context, self.precision = device, dtype, context, precision
         self.twin = Twin(network.graph, dtype=dtype, device=device)
         for parameter in self.twin.parameters():
             # Weight decay can leave the weights of dead channels as denormal numbers, and arithmetic with those is a hundred
@@ -232,7 +236,10 @@ class Objective:
             each = recipe.loss.per_sample
             seen, mean, var = watch(seen, per_sample=each, unbiased=recipe.loss.unbiased)
             store[_INPUT] = Observed(mean, var)
-        values = self.twin.run({self._input: self.space.to_network(seen)}, fetch=self.fetch, taps=taps)
+        with mixed(self.precision, self.device):
+            values = self.twin.run({self._input: self.space.to_network(seen)}, fetch=self.fetch, taps=taps)
+        if self.precision != "float32":  # terms count in full precision
+            values = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in values.items()}
         return _Seen(images, seen, values, store, inputs)
 
     def rehearsal(self, shape: tuple[int, ...]) -> Scene:

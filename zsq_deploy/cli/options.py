@@ -113,6 +113,15 @@ WorkersOpt = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
+ImagePrecisionOpt = Annotated[
+    str,
+    typer.Option(
+        "--image-precision",
+        metavar="NAME",
+        help="What convolutions read while images are made: float32, bfloat16 (meant for GPUs), auto (bfloat16 where there is one).",
+        rich_help_panel=_IMAGES,
+    ),
+]
 DeviceOpt = Annotated[
     str | None,
     typer.Option(

@@ -61,6 +61,7 @@ IMAGES = _shared(
     device=(o.DeviceOpt, None),
     also=(o.AlsoOpt, None),
     workers=(o.WorkersOpt, 1),
+    image_precision=(o.ImagePrecisionOpt, "float32", "precision"),
 )
 """How calibration images are made."""
 

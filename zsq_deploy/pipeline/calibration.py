@@ -80,6 +80,7 @@ def make_images(
     given: CalibrationSet | None = None,
     others: Sequence[Model] = (),
     workers: int = 1,
+    precision: str = "float32",
     progress: Progress = SILENT,
 ) -> Images:
     """Synthesize `images` + `holdout` inputs, or split a set that the user hands over.
@@ -97,6 +98,7 @@ def make_images(
         given: A finished set (``zsq deploy --calibration``); its last quarter, at most `holdout` images, is kept back.
         others: Further networks that the images are to fit, see :func:`other_networks`.
         workers: Processes that make images at the same time.
+        precision: What the network's convolutions read meanwhile: ``float32``, ``bfloat16``, ``auto``.
         progress: Where to report.
     """
     started = time.monotonic()
@@ -132,6 +134,7 @@ def make_images(
         parameters=parameters,
         others=others,
         workers=workers,
+        precision=precision,
         output=None if workdir is None else workdir / "set",
     )
     return Images(
@@ -210,6 +213,7 @@ def images_in(
         given=CalibrationSet.open(Path(spec.set)) if spec.set else None,
         others=other_networks(spec, model),
         workers=spec.workers,
+        precision=spec.precision,
         progress=progress,
     )
     calibration = images.calibration

@@ -121,6 +121,7 @@ def synthesize_set(
             resume=resume,
             others=other_networks(recipe.calibration, model),
             workers=recipe.calibration.workers,
+            precision=recipe.calibration.precision,
             progress=progress,
         )
         if images.calibration is None:
