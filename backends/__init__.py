@@ -77,8 +77,8 @@ class Backend(Protocol):
     def runner(self, path: Path, target: Target, *, threads: int = ..., mode: Any = ...) -> Runner:
         """Load an engine (or a float model) with the session options of its target."""
 
-    def integer_reference(self, engine: Engine, *, threads: int = ...) -> Any:
-        """The engine's Q/DQ graph in exact integer arithmetic, with the runtime's own rounding."""
+    def integer_reference(self, engine: Engine, *, threads: int = ..., on_target: bool = ...) -> Any:
+        """The engine's Q/DQ graph in exact integer arithmetic, with the runtime's own rounding (on this machine, or on the target)."""
 
     def float_modes(self, target: Target) -> Mapping[str, Mapping[str, Any]]:
         """The float modes that the device offers; the fastest is the fair baseline."""

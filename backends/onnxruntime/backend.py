@@ -36,7 +36,11 @@ __all__ = [
 ]
 
 
-def integer_reference(engine: Any, *, threads: int = 1) -> Any:
-    """The exact integer reference of an engine (see :mod:`zsq_deploy.backends.onnxruntime.integer`)."""
+def integer_reference(engine: Any, *, threads: int = 1, on_target: bool = False) -> Any:
+    """The exact integer reference of an engine, by the rules of this machine's processor or of the target's.
+
+    See :mod:`zsq_deploy.backends.onnxruntime.integer`.
+    """
     module = importlib.import_module("zsq_deploy.backends.onnxruntime.integer")
-    return module.IntegerReference(engine, threads=threads)
+    arithmetic = module.arithmetic_on(engine.target) if on_target else None
+    return module.IntegerReference(engine, threads=threads, arithmetic=arithmetic)

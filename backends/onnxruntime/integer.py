@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +28,19 @@ import torch
 
 from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.onnxruntime.grouping import group
-from zsq_deploy.backends.onnxruntime.kernels import KERNELS, Arithmetic, Kernel, NodeSpec, arithmetic_here
+from zsq_deploy.backends.onnxruntime.kernels import (
+    KERNELS,
+    Arithmetic,
+    Kernel,
+    NodeSpec,
+    arithmetic_for,
+    arithmetic_here,
+)
 from zsq_deploy.backends.onnxruntime.runner import open_session, session_options
 from zsq_deploy.errors import DataError, EngineError, UnsupportedOpError, UsageError
 from zsq_deploy.model.graph import Graph, attributes
 
-__all__ = ["Divergence", "IntegerReference", "ReferenceNode", "optimized_graph"]
+__all__ = ["Divergence", "IntegerReference", "ReferenceNode", "arithmetic_on", "optimized_graph"]
 
 Array = npt.NDArray[Any]
 
@@ -387,6 +394,11 @@ class IntegerReference:
                     gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
                     return Divergence(name, node.name, _operator(node), float(different.mean()), float(np.nanmax(gap)))
         return None
+
+
+def arithmetic_on(target: Target) -> Arithmetic:
+    """The rules of a target's processor, in the version of the runtime that is installed here."""
+    return replace(arithmetic_for(target), runtime=_runtime_version())
 
 
 def _runtime_version() -> tuple[int, int]:

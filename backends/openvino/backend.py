@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 
-def integer_reference(engine: Any, *, threads: int = 1) -> Any:
-    """The exact integer reference of an engine (see :mod:`zsq_deploy.backends.openvino.integer`)."""
+def integer_reference(engine: Any, *, threads: int = 1, on_target: bool = False) -> Any:
+    """The exact integer reference of an engine; its rules are the same everywhere (see :mod:`zsq_deploy.backends.openvino.integer`)."""
+    del on_target
     module = importlib.import_module("zsq_deploy.backends.openvino.integer")
     return module.IntegerReference(engine, threads=threads)

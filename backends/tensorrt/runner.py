@@ -321,13 +321,13 @@ def open_runner(
     return TrtRunner(Path(path), get_target(target), threads=threads, mode=mode, session=session)
 
 
-def integer_reference(engine: Any, *, threads: int = 1) -> NoReturn:
+def integer_reference(engine: Any, *, threads: int = 1, on_target: bool = False) -> NoReturn:
     """Refuse to compute the engine in exact integers.
 
     Raises:
         EngineError: Always: how TensorRT's kernels round has not been measured.
     """
-    del threads
+    del threads, on_target
     raise EngineError(
         "there is no exact integer reference for TensorRT: how its kernels round has not been measured",
         where=str(engine.path),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from zsq_deploy.backends import get_backend, get_target
 from zsq_deploy.backends.base import Engine, Target
 from zsq_deploy.backends.onnxruntime.grouping import group
 from zsq_deploy.backends.onnxruntime.integer import IntegerReference
@@ -402,6 +403,23 @@ def test_rules_go_by_target() -> None:
     assert arithmetic_for(target("ort-x86-vnni")) == Arithmetic()
     assert arithmetic_for(target("ort-x86-avx2")) == Arithmetic(saturating_pairs=True)
     assert arithmetic_for(target("ort-x86-avx2"), saturating_pairs=False) == Arithmetic()
+
+
+def test_a_reference_on_the_target_goes_by_its_rules(tmp_path: Path) -> None:
+    """One bundle holds what the engine must compute on Arm, made on a machine that rounds sums in another way."""
+    path = quantize(residual_network(), tmp_path, types="s8s8")
+    target = get_target("ort-arm64")
+    engine = Engine(path, path, target, path)
+    there = get_backend(target).integer_reference(engine, on_target=True)
+    assert isinstance(there.arithmetic, Arm64Arithmetic)
+    assert there.arithmetic.runtime == arithmetic_here(there.arithmetic.runtime).runtime
+    here = get_backend(target).integer_reference(engine)
+    assert here.arithmetic == IntegerReference(engine).arithmetic
+    feeds = {"x": np.random.default_rng(4).standard_normal((4, 3, 20, 20)).astype(np.float32)}
+    ours, theirs = there.intermediates(feeds), here.intermediates(feeds)
+    sums = [name for node in there.integer_nodes if node.op.endswith("QLinearAdd") for name in node.outputs]
+    differences = [np.abs(ours[name].astype(int) - theirs[name].astype(int)) for name in sums]
+    assert max(int(found.max()) for found in differences) <= 2
 
 
 # --- real networks ------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def bundle_target(
     _, twin = twin_predictor(graph, dtype=torch.float64, device="cpu")
     here = backend.runner(engine.path, engine.target)
     try:
-        integer: Any = backend.integer_reference(engine)
+        integer: Any = backend.integer_reference(engine, on_target=True)
         integer.run(next(iter(evidence.batches(model, 1)))[0])
     except ZsqError:
         integer = None
