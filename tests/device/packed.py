@@ -27,12 +27,14 @@ def engine(path: Path) -> Path:
     return path
 
 
-def job(folder: Path, *, padding: int = 0, wrong: bool = False) -> Job:
-    """A bundle; `padding` random bytes lie beside the engine; `wrong`: its reference says something else than the engine."""
+def job(folder: Path, *, padding: int = 0, wrong: bool = False, rank: int = 2) -> Job:
+    """A bundle; `padding` random bytes lie beside the engine; `wrong`: its reference says something else than the engine;
+    `rank`: of its inputs, where the engine takes 2."""
     import onnxruntime
 
     folder.mkdir(parents=True, exist_ok=True)
     x = np.random.default_rng(0).integers(-5, 5, (6, 4)).astype(np.float32) * STEP
+    x = x.reshape(x.shape + (1,) * (rank - 2))
     y = np.maximum(x, 0)
     beside = ()
     if padding:

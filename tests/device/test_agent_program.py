@@ -107,3 +107,30 @@ def test_an_emulated_processor_is_known(machine, cpuinfo, emulated, features, mo
     assert found["emulated"] is emulated
     assert found["cpu"]["features"] == features
     assert found["cpu"]["model"] == {"x86": "Xeon", "arm": "BCM2711"}[cpuinfo] if not emulated else machine
+
+
+def test_openvino_takes_the_session_of_its_targets(tmp_path: Path) -> None:
+    """The device's name is not one of the runtime's properties."""
+    pytest.importorskip("openvino")
+    import numpy as np
+
+    from zsq_deploy.backends import get_target
+
+    target = get_target("openvino-cpu")
+    assert target.session["device"] == "CPU"
+    x = np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 4)
+    engine = agent.OpenVino(packed.engine(tmp_path / "relu.onnx"), target.session, 1)
+    (name,) = engine.outputs
+    np.testing.assert_array_equal(engine.run({"x": x[:1]})[name], np.maximum(x[:1], 0))
+    np.testing.assert_array_equal(engine.run({"x": x})[name], np.maximum(x, 0))  # compiled for one sample
+
+
+def test_what_a_runtime_cannot_do_is_said_in_a_line(tmp_path: Path) -> None:
+    job = packed.job(tmp_path / "made", rank=3)
+    program = start("--bundle", job.archive, "--out", tmp_path / "r.json", "--work", tmp_path)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 2
+    assert said.startswith("refused: onnxruntime ")
+    assert "cannot run the engine: " in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "r.json").exists()
