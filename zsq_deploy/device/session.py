@@ -51,6 +51,7 @@ async def visit(
     accept_new: bool = False,
     progress: Progress = SILENT,
     leftovers: Leftovers | None = None,
+    passwords: dict[str, str] | None = None,
     connect: _Connect | None = None,
 ) -> AsyncIterator[Session]:
     """Connect to a device and make a folder there; remove it in the end.
@@ -60,12 +61,15 @@ async def visit(
         accept_new: Take the host key of a device that is not known.
         progress: Where to report.
         leftovers: Folders that earlier visits could not remove.
+        passwords: What was typed on an earlier visit, so that it need not be typed again.
         connect: How to connect; ``None``: as the device's address says.
 
     Raises:
         DeviceError: It cannot be reached, or no folder can be made there.
     """
-    session = Session(device, connect or _connector(accept_new, progress), progress, leftovers or Leftovers())
+    session = Session(
+        device, connect or _connector(accept_new, progress, passwords), progress, leftovers or Leftovers()
+    )
     try:
         await session.open()
         yield session
@@ -80,8 +84,8 @@ async def visit(
         session.remember()
 
 
-def _connector(accept_new: bool, progress: Progress) -> _Connect:
-    passwords: dict[str, str] = {}
+def _connector(accept_new: bool, progress: Progress, passwords: dict[str, str] | None) -> _Connect:
+    typed: dict[str, str] = {} if passwords is None else passwords
 
     async def connect(device: Device) -> Link:
         if device.local:
@@ -94,7 +98,7 @@ def _connector(accept_new: bool, progress: Progress) -> _Connect:
                 where=device.address,
                 remedy="pip install 'zsq-deploy[ssh]'; or by hand: zsq bundle, copy, run, and zsq bench --result",
             ) from error
-        return await ssh.connect(device, accept_new=accept_new, passwords=passwords, say=progress.say)
+        return await ssh.connect(device, accept_new=accept_new, passwords=typed, say=progress.say)
 
     return connect
 

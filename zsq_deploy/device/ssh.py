@@ -15,9 +15,11 @@ import asyncio
 import getpass
 import os
 import shlex
+import signal
 import socket
 import stat
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -86,13 +88,24 @@ class _Client(asyncssh.SSHClient):
             return None
         if self._tries == 1 and what in self._passwords:  # a connection that is made again
             return self._passwords[what]
-        said = await asyncio.to_thread(getpass.getpass, f"{what} of {self._who}: ")
+        said = _ask(f"{what} of {self._who}: ")
         self._passwords[what] = said
         return said
 
 
 def _terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _ask(prompt: str) -> str:
+    """Ask at the terminal; the loop stands still meanwhile, so that Ctrl-C ends the question, and the terminal shows letters again."""
+    if threading.current_thread() is not threading.main_thread():
+        return getpass.getpass(prompt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return getpass.getpass(prompt)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _plain(text: str) -> str:

@@ -70,7 +70,13 @@ def lacks(target: Target, probe: Probe) -> list[str]:
     return missing
 
 
-def probe_device(device: Device, *, accept_new: bool = False, progress: Progress = SILENT) -> Probe:
+def probe_device(
+    device: Device,
+    *,
+    accept_new: bool = False,
+    passwords: dict[str, str] | None = None,
+    progress: Progress = SILENT,
+) -> Probe:
     """Look at a device: connect, run the agent's probe, clean up.
 
     Raises:
@@ -78,7 +84,7 @@ def probe_device(device: Device, *, accept_new: bool = False, progress: Progress
     """
 
     async def look() -> Probe:
-        async with visit(device, accept_new=accept_new, progress=progress) as session:
+        async with visit(device, accept_new=accept_new, passwords=passwords, progress=progress) as session:
             return await session.probe()
 
     return asyncio.run(look())
@@ -146,7 +152,8 @@ def _tour(
     done: Benched,
 ) -> None:
     """One device: look at it, make the bundles that it can run, and measure them."""
-    probe = probe_device(device, accept_new=accept_new, progress=progress)
+    passwords: dict[str, str] = {}  # typed once for both visits
+    probe = probe_device(device, accept_new=accept_new, passwords=passwords, progress=progress)
     jobs = []
     for name in names:
         missing = lacks(get_target(name), probe)
@@ -164,7 +171,7 @@ def _tour(
     measure = replace(measure, threads=device.threads or measure.threads, affinity=device.affinity or measure.affinity)
 
     async def work() -> None:
-        async with visit(device, accept_new=accept_new, progress=progress) as session:
+        async with visit(device, accept_new=accept_new, passwords=passwords, progress=progress) as session:
             for job, missing in jobs:
                 result = await session.run(job, measure)
                 notes = [f"the device lacks what {job.target} is made for: {item}" for item in missing]

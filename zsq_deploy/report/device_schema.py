@@ -84,7 +84,7 @@ class DeviceSection(Section):
     bundle_sha256: str = Field(description="Digest of the manifest of the bundle that ran.")
     engine_bytes: Count = Field(description="Size of the engine.")
     parity: dict[str, DeviceParity] = Field(
-        description="By reference: `twin`, `integer` (exact integer arithmetic of the workstation's kernels), `workstation` (the same engine there)."
+        description="By reference: `twin`, `integer` (exact integer arithmetic by the rules of the target's processor), `workstation` (the same engine there)."
     )
     latency: DeviceLatency = Field(description="Times.")
     throughput: ThroughputNumbers | None = Field(None, description="Throughput; `null` if it was not asked for.")
