@@ -38,6 +38,9 @@ def test_the_table_gives_means_and_spreads():
     assert "**net**, float 92.00 % (8 images)" in text
     # 90 and 91 against 92; standard deviation of two numbers that differ by 1 is sqrt(1/2)
     assert "| w4a4 | ends-8bit | fast | zeroq | 2 | 90.50 ± 0.71 | -1.50 ± 0.71 | 95.0 ± 0.00 | 20.0 | 10 |" in text
+    head, rule = text.splitlines()[2:4]
+    assert head.count("|") == rule.count("|") == 11
+    assert {row.count("|") for row in text.splitlines() if row.startswith("| w")} == {11}
     assert "| w8a8 | ends-8bit | nearest | zeroq | 1 | - | - | 95.0 | 20.0 | 10 |" in text
     assert "| w3a3 | all-layers | fast | zeroq | 0 | failed |" in text
     rows = [row for row in text.splitlines() if row.startswith("| w")]

@@ -183,7 +183,7 @@ def markdown(lines: Iterable[Line]) -> str:
         accuracy = f", float {100 * floats[0]:.2f} %" if floats else ""
         text += ["", f"**{network}**{accuracy} ({protocol})", ""]
         text += [
-            "| bits | protocol | preset | images of | seeds | accuracy % | against float | agreement % | processor s |"
+            "| bits | protocol | preset | images of | seeds | accuracy % | against float | agreement % | signal to noise dB | processor s |"
         ]
         text += ["|---" * 10 + "|"]
         order = {word: number for number, word in enumerate(BITS)}
