@@ -222,7 +222,8 @@ def _engine_graphs(
             proto = squant(Graph(proto), plan.prepared.graph).proto
         wide, added = widen(proto) if options.widen else (proto, ())
         return proto, (wide if added else proto), added
-    written = options.numbers.write(_places(plan, cache, target))
+    eight = _places(plan, cache, target)
+    written = options.numbers.rounded(options.numbers.write(eight), eight.floating)
     qdq = _stamped(pack_int4(written, through="int8"))
     cut = clip_codes(written).editable()
     integer_pads(cut)

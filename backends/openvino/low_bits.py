@@ -67,7 +67,7 @@ def low_bit_graph(
         qdq = _with_bounds(settled.graph, numbers, places)
         record["inexact_layers"] = dict(settled.inexact)
         record["notes"].extend(settled.notes)
-    return qdq, record
+    return numbers.rounded(qdq, places.floating), record
 
 
 def _settled(qdq: Graph, target: Target, floats: Mapping[str, Array] | None) -> Any:

@@ -35,7 +35,7 @@ JUDGE_IMAGES = 32
 """Images that decide between engines, and whether bias correction is kept."""
 
 TOLERANCE_DB = 0.2
-"""How much SQNR on synthetic images a bias correction may cost before it is rejected: less is noise."""
+"""How much SQNR on synthetic images a bias correction may cost before it is rejected: less is noise. Of learned codes it may cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def build_engine(
     correction = None
     if settings.bias_correction and not settings.weight_only:
         build = partial(backend.build, model, measured.ranges, target, progress=progress, **shown)
-        correction = _Correction(model, looked_at, backend, build, threads, seed, progress)
+        # Learned codes give the right means already, as far as the images tell: a correction has to be better than that.
+        tolerance = 0.0 if settings.rounding == "learned" else TOLERANCE_DB
+        correction = _Correction(model, looked_at, backend, build, threads, seed, tolerance, progress)
     candidates: list[dict[str, Any]] = []
     notes: list[str] = []
     pinned = settings.choice.get(target.name)
@@ -259,10 +261,11 @@ class _Correction:
         build: Callable[..., Engine],
         threads: int,
         seed: int,
+        tolerance: float,
         progress: Progress,
     ) -> None:
         self._model, self._looked_at, self._backend, self._build = model, looked_at, backend, build
-        self._threads, self._seed, self._progress = threads, seed, progress
+        self._threads, self._seed, self._tolerance, self._progress = threads, seed, tolerance, progress
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
@@ -282,7 +285,7 @@ class _Correction:
         # Judged on the images at the other end of the set: a correction that does not help has to go.
         judge = self._looked_at.take(max(0, len(self._looked_at) - JUDGE_IMAGES)).batches(size)
         before, after = _compare(self._backend, engine, second, list(judge), self._threads)
-        kept = after >= before - TOLERANCE_DB
+        kept = after >= before - self._tolerance
         name = f"{options.label}, biases corrected"
         self.rows.append(
             {

@@ -519,8 +519,8 @@ def _write_weight(
         assert dequantized is not None
         floats = dequantized.astype(np.float64)
     lowest, highest = tensor.limits
-    if weight.restricted or weight.symmetric:
-        lowest = -highest
+    if (weight.restricted or weight.symmetric) and (stored.dtype.kind == "f" or stored.min() > lowest):
+        lowest = -highest  # unless the code below it is used already, as in weights of few bits
     step = axis_form(scales.astype(np.float64), len(shape), layer.axis)
     codes = np.clip(np.rint(floats / step), lowest, highest)
     new_scale = scales.reshape(tensor.scale.shape)

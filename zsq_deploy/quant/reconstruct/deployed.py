@@ -114,7 +114,7 @@ class Numbers:
         assignment: Bits of every weight and of every group of activations.
         state: Codes, scales, zero points and biases.
         base: Biases of the float graph, from which those of `state` were learned.
-        inexact: Layer -> number of channels whose requantization may round in another way than the graph says.
+        inexact: Layer -> number of channels whose requantization multiplier stays a long number (those with hardly any weight, as a rule).
         blocks: How learning went; empty without it.
     """
 
@@ -156,11 +156,19 @@ class Numbers:
             for layer in template.layers
             if layer.bias
         }
-        graph = write(template, State(self.state.weights, self.state.activations, biases))
+        return write(template, State(self.state.weights, self.state.activations, biases))
+
+    def rounded(self, graph: Graph, floating: Graph) -> Graph:
+        """The graph with its codes as SQuant rounds them, if that is what was asked for; its scales have to be the final ones.
+
+        Args:
+            graph: As :meth:`write` gave it, or with other scales.
+            floating: The float graph.
+        """
         if self.asked.rounding != "squant":
             return graph
         grids = {name: (w.scheme.qmin, w.scheme.qmax) for name, w in self.state.weights.items()}
-        return squant(graph, places.floating, grids=grids)
+        return squant(graph, floating, grids=grids)
 
     def describe(self) -> dict[str, Any]:
         """JSON values for a manifest."""
@@ -214,11 +222,6 @@ class Numbers:
         elif asked.bits.weights < 8:
             found.append(
                 f"weights of {asked.bits.weights} bits are computed with in 8-bit kernels: they save space, not time"
-            )
-        if self.inexact:
-            channels = sum(self.inexact.values())
-            found.append(
-                f"in {len(self.inexact)} layers ({channels} channels) requantization may round in another way than the graph says"
             )
         return tuple(found)
 
