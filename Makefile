@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: demo test pot lint typecheck check clean
+.PHONY: demo test pot arm-root test-arm lint typecheck check clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zsq-deploy needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
@@ -29,6 +29,13 @@ pot: $(VENV)/.ready  ## Make the interpreter of POT (once, in the cache folder) 
 	$(BIN)/zsq env create pot
 	$(BIN)/zsq env check pot
 	ZSQ_REQUIRE_POT=1 $(BIN)/python -m pytest -m pot $(PYTEST_ARGS)
+
+arm-root: $(VENV)/.ready  ## Build the emulated Arm user land (once, in the cache folder; as root, on Debian)
+	@command -v debootstrap qemu-aarch64-static ssh-keygen >/dev/null && test -x /usr/sbin/sshd || { echo "apt-get install debootstrap qemu-user-static openssh-server"; exit 2; }
+	$(BIN)/python tools/arm/arm_root.py build
+
+test-arm: arm-root  ## Prove engines on Arm's kernels, over a real SSH server that lands in the Arm root
+	ZSQ_REQUIRE_ARM=1 $(BIN)/python -m pytest -m arm tests/arm $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready  ## Style
 	$(BIN)/ruff check .
