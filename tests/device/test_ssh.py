@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from zsq_deploy.device.address import Device, parse_address
 from zsq_deploy.device.hostkeys import HostKeys, entry_name
 from zsq_deploy.device.session import visit
 from zsq_deploy.device.work import Measure
-from zsq_deploy.errors import DeviceError
+from zsq_deploy.errors import DeviceError, InterruptedRunError
 
 
 def device_at(port: int, there: Path, **changes: Any) -> Device:
@@ -289,6 +290,10 @@ def test_a_password_is_asked_for_at_a_terminal_only(light, typed, monkeypatch) -
     with pytest.raises(DeviceError, match="does not let us in"):
         asyncio.run(go(False, {}))
     assert asked == []
+    with monkeypatch.context() as patch:
+        patch.setattr(ssh.getpass, "getpass", lambda _: signal.raise_signal(signal.SIGINT))  # Ctrl-C
+        with pytest.raises(InterruptedRunError):
+            asyncio.run(go(True, {}))
     known: dict[str, str] = {}
     if "open sesame" in typed:
         asyncio.run(go(True, known))

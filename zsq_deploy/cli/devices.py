@@ -13,7 +13,7 @@ from zsq_deploy.cli import options as o
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.device.address import Device, parse_address
 from zsq_deploy.device.inventory import Inventory
-from zsq_deploy.errors import UsageError, ZsqError
+from zsq_deploy.errors import InterruptedRunError, UsageError, ZsqError
 
 __all__ = ["AcceptOpt", "app", "examine_device"]
 
@@ -125,6 +125,8 @@ def check(
     for device in devices:
         try:
             rows[device.name] = _look(device, accept_new_host_key, quiet, as_json)
+        except InterruptedRunError:
+            raise
         except ZsqError as error:
             rows[device.name] = {"ok": False, "error": str(error), "targets": {}}
     if as_json:

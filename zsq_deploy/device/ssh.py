@@ -30,7 +30,7 @@ import asyncssh
 from zsq_deploy.device.address import Device
 from zsq_deploy.device.hostkeys import HostKeys
 from zsq_deploy.device.link import CHUNK, PREFIX, BrokenLinkError, Ended, Lines, Running
-from zsq_deploy.errors import DeviceError
+from zsq_deploy.errors import DeviceError, InterruptedRunError
 
 __all__ = ["SshLink", "Timing", "connect"]
 
@@ -61,6 +61,8 @@ class _Client(asyncssh.SSHClient):
         self._who = who
         self._passwords = passwords
         self._tries = 0
+        self.stopped = False
+        """The user pressed Ctrl-C instead of an answer."""
 
     def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         try:
@@ -84,11 +86,15 @@ class _Client(asyncssh.SSHClient):
 
     async def _answer(self, what: str) -> str | None:
         self._tries += 1
-        if not _terminal() or self._tries > 3:
+        if not _terminal() or self._tries > 3 or self.stopped:
             return None
         if self._tries == 1 and what in self._passwords:  # a connection that is made again
             return self._passwords[what]
-        said = _ask(f"{what} of {self._who}: ")
+        try:
+            said = _ask(f"{what} of {self._who}: ")
+        except (KeyboardInterrupt, EOFError):
+            self.stopped = True
+            return None
         self._passwords[what] = said
         return said
 
@@ -169,11 +175,17 @@ async def connect(
     keys = HostKeys([str(name) for name in read.config.get("UserKnownHostsFile") or ()], accept_new=accept_new)
     who = f"{read.username}@{device.host}"
     known: dict[str, str] = {} if passwords is None else passwords
+    clients: list[_Client] = []
+
+    def client() -> _Client:
+        clients.append(_Client(keys, who, known))
+        return clients[-1]
+
     try:
-        connection = await asyncssh.connect(
-            **options, known_hosts=keys.known, client_factory=lambda: _Client(keys, who, known)
-        )
+        connection = await asyncssh.connect(**options, known_hosts=keys.known, client_factory=client)
     except (OSError, asyncssh.Error, ValueError, TimeoutError) as error:
+        if any(one.stopped for one in clients):
+            raise InterruptedRunError("interrupted") from error
         raise _explain(error, keys, device, where) from error
     if keys.accepted:
         say(keys.accepted)

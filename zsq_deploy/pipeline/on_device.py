@@ -17,7 +17,7 @@ from zsq_deploy.device.bundle import open_bundle
 from zsq_deploy.device.result import LIMIT, Probe, Result, parse_result
 from zsq_deploy.device.session import visit
 from zsq_deploy.device.work import Job, Measure
-from zsq_deploy.errors import StaleArtifactError, UsageError, ZsqError
+from zsq_deploy.errors import InterruptedRunError, StaleArtifactError, UsageError, ZsqError
 from zsq_deploy.pipeline.bundling import bundle_target
 from zsq_deploy.pipeline.deploy import write_report
 from zsq_deploy.pipeline.stages import open_engine, recipe_in
@@ -135,6 +135,8 @@ def bench_on_devices(
         for device in devices:
             try:
                 _tour(folder, device, names, bool(targets), store, measure or Measure(), accept_new, progress, done)
+            except InterruptedRunError:
+                raise
             except ZsqError as error:
                 done.failures[device.name] = error
     return done
