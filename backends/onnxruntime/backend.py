@@ -12,6 +12,7 @@ from zsq_deploy.backends.onnxruntime.options import CALIBRATORS, QUANTIZERS, Bui
 from zsq_deploy.backends.onnxruntime.quantizer import build, places
 from zsq_deploy.backends.onnxruntime.runner import device_facts, float_modes, missing_features, runner
 from zsq_deploy.backends.onnxruntime.summary import summarize
+from zsq_deploy.errors import UnsupportedOpError
 
 __all__ = [
     "CALIBRATORS",
@@ -41,6 +42,12 @@ def integer_reference(engine: Any, *, threads: int = 1, on_target: bool = False)
 
     See :mod:`zsq_deploy.backends.onnxruntime.integer`.
     """
+    if str(engine.choices.get("bits", "")).lower().endswith("a32"):
+        raise UnsupportedOpError(
+            "only weights are stored as integers: arithmetic is float32, and there are no integers to compare",
+            where=str(engine.path),
+            remedy="compare with the fake-quant reference",
+        )
     module = importlib.import_module("zsq_deploy.backends.onnxruntime.integer")
     arithmetic = module.arithmetic_on(engine.target) if on_target else None
     return module.IntegerReference(engine, threads=threads, arithmetic=arithmetic)

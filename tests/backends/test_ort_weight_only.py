@@ -10,8 +10,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from zsq_deploy.backends import get_target
 from zsq_deploy.backends.base import BuildSettings
-from zsq_deploy.backends.onnxruntime.backend import BuildOptions, build, candidates, options_from, runner
-from zsq_deploy.errors import EngineError, UsageError
+from zsq_deploy.backends.onnxruntime.backend import (
+    BuildOptions,
+    build,
+    candidates,
+    integer_reference,
+    options_from,
+    runner,
+)
+from zsq_deploy.errors import EngineError, UnsupportedOpError, UsageError
 from zsq_deploy.model import Graph, load_model
 from zsq_deploy.model.twin import Twin
 
@@ -98,6 +105,13 @@ def test_files_are_small_and_the_kernel_computes_in_float32(tmp_path):
     ran = [one for one in runner(engine.path, VNNI).kernels({"x": x}) if one.op == "MatMulNBits"]
     assert len(ran) == 2
     assert not any(one.integer for one in ran)
+
+
+def test_there_are_no_integers_to_compare(tmp_path):
+    model, _ = network(tmp_path)
+    engine = build(model, {}, VNNI, tmp_path / "e", options=BuildOptions(bits="w4a32"))
+    with pytest.raises(UnsupportedOpError, match="arithmetic is float32"):
+        integer_reference(engine)
 
 
 def test_one_way_to_build_and_what_is_refused(tmp_path):
