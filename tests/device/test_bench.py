@@ -248,6 +248,9 @@ def test_times_of_an_emulator_are_marked(out: Path, zsq: Any, tmp_path: Path) ->
     assert rows["Peak"].endswith(" (emulated)")
     assert rows["Within 2 LSB of the twin"] == "100\u00a0%"
     assert "Throttled" not in rows
+    said = zsq("report", out)
+    assert "ort-x86-vnni on board: passed, within 2 LSB of the twin 100\u00a0%" in said.out
+    assert "(emulated: says nothing)" in " ".join(said.out.split())
 
 
 def test_targets_that_a_device_cannot_run_are_left_out(out: Path, zsq: Any, monkeypatch: Any) -> None:

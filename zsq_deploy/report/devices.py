@@ -15,7 +15,7 @@ from zsq_deploy.report import words
 from zsq_deploy.report.device_schema import ClockNumbers, DeviceSection
 from zsq_deploy.report.schema import Report, TargetSection
 
-__all__ = ["DeviceRow", "device_rows", "device_tables", "remarks"]
+__all__ = ["DeviceRow", "device_line", "device_rows", "device_tables", "remarks"]
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,20 @@ def remarks(report: Report, name: str) -> list[str]:
     for device, section in report.targets[name].devices.items():
         found += [f"{device}: {line}" for line in (*section.failed, *section.notes)]
     return found
+
+
+def device_line(section: DeviceSection) -> str:
+    """One device in one line."""
+    twin = section.parity.get("twin")
+    parts = ["passed" if section.passed else "FAILED: " + "; ".join(section.failed)]
+    if twin is not None:
+        parts.append(f"within 2 LSB of the twin {words.percent(twin.within_2_lsb)}")
+    times = section.latency
+    shown = f"median {words.milliseconds(times.median_ms)}, p99 {words.milliseconds(times.p99_ms)}"
+    parts.append(f"{shown} (emulated: says nothing)" if section.emulated else shown)
+    if section.throttled:
+        parts.append("throttled")
+    return ", ".join(parts)
 
 
 def device_tables(report: Report, name: str) -> RenderableType:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zsq_deploy.report import words
+from zsq_deploy.report.devices import device_line
 from zsq_deploy.report.schema import LatencyNumbers, Report, TargetSection
 
 __all__ = ["print_summary", "summary"]
@@ -100,6 +101,8 @@ def summary(report: Report) -> RenderableType:
         if any(text != words.NOTHING for text in cells):
             table.add_row(title, *(escape(text) for text in cells))
     parts: list[RenderableType] = [head, table]
+    for name, target in report.targets.items():
+        parts += [Text(f"{name} on {device}: {device_line(found)}") for device, found in target.devices.items()]
     for gate in report.gates:
         mark = ("kept    ", "green") if gate.passed else ("not kept", "bold red")
         parts.append(Text.assemble(mark, f"  {gate.target}: {gate.text}"))
