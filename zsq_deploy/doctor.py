@@ -31,6 +31,7 @@ _PACKAGES = (
     "numpy",
     "safetensors",
     "timm",
+    "asyncssh",
 )
 
 _EXTRAS = {
@@ -42,6 +43,7 @@ _EXTRAS = {
         "engines for tensorrt-* are prepared here (zsq quantize), but built and measured on the device, by the scripts of their folder",
     ),
     "timm": ("timm", "networks cannot be named timm:NAME"),
+    "asyncssh": ("ssh", "devices cannot be reached over SSH (zsq bench --device ssh://...)"),
 }
 """Optional package -> the extra that installs it, and what is missing without it."""
 
