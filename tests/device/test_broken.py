@@ -121,7 +121,7 @@ def test_cleaning_up_that_fails_for_good_keeps_the_result(work, wire, there, mon
     assert Leftovers().of(device.address) == [str(one) for one in there.iterdir()]
 
 
-def test_a_copy_goes_on_where_it_broke(work, wire, there) -> None:
+def test_a_copy_goes_on_where_it_broke(work, wire, there, caplog) -> None:
     """Cut in the middle of the bytes, twice: only what had not arrived is sent again."""
     wire.limits = {1: 2_500_000, 2: 1_900_000}
     said = loopback.Said()
@@ -132,6 +132,7 @@ def test_a_copy_goes_on_where_it_broke(work, wire, there) -> None:
     assert size <= forth < 1.5 * size
     assert sum("trying again" in line for line in said.lines) == 2
     assert wire.connections == 3
+    assert [one.message for one in caplog.records if one.name == "asyncio"] == []
 
 
 def test_a_line_that_only_breaks_ends_in_an_error(work, wire, there) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import secrets
 import signal
 import sys
@@ -70,18 +71,25 @@ async def visit(
     session = Session(
         device, connect or _connector(accept_new, progress, passwords), progress, leftovers or Leftovers()
     )
+    log = logging.getLogger("asyncio")
+    log.addFilter(_told_otherwise)
     try:
-        await session.open()
-        yield session
-    except BaseException:
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(session.leave(patient=False), _GRACE)
-        session.remember()
-        raise
-    try:
+        try:
+            await session.open()
+            yield session
+        except BaseException:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(session.leave(patient=False), _GRACE)
+            raise
         await session.leave(patient=True)
     finally:
         session.remember()
+        log.removeFilter(_told_otherwise)
+
+
+def _told_otherwise(record: logging.LogRecord) -> bool:
+    """Leave out of the log what every piece says that is written to a broken connection: the visit tells it once."""
+    return "socket.send() raised exception" not in str(record.msg)
 
 
 def _connector(accept_new: bool, progress: Progress, passwords: dict[str, str] | None) -> _Connect:

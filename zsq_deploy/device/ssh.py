@@ -12,6 +12,7 @@ terminal, and is neither stored nor shown.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import getpass
 import os
 import shlex
@@ -264,8 +265,9 @@ class _SshRun:
 
     async def _errors(self) -> str:
         kept = ""
-        while part := await self._process.stderr.read(4096):
-            kept = (kept + part)[-_LAST:]
+        with contextlib.suppress(asyncssh.Error, OSError):  # a broken connection shows where lines are read
+            while part := await self._process.stderr.read(4096):
+                kept = (kept + part)[-_LAST:]
         return kept
 
     async def lines(self) -> AsyncIterator[str]:
