@@ -148,15 +148,15 @@ def test_a_bundle_altered_by_one_byte_is_refused(deployed: Path, root: Path, tmp
     data = bytearray(bundle.read_bytes())
     rng = np.random.default_rng(0)
     Path(tmp_path / "agent.py").write_bytes(Path(agent.__file__).read_bytes())
-    line = ["python3", "/work/agent.py", "--bundle", "/work/net.zsq.tar", "--seconds", "0.01", "--runs", "1"]
+    line = ["python3", "/data/agent.py", "--bundle", "/data/net.zsq.tar", "--seconds", "0.01", "--runs", "1"]
     for place in rng.integers(0, len(data), 3):
         data[place] ^= 1
         bundle.write_bytes(data)
-        done = arm_root.run(root, line, binds={str(tmp_path): "/work"}, timeout=300)
+        done = arm_root.run(root, line, binds={str(tmp_path): "/data"}, timeout=300)
         assert done.returncode == 2, done.stdout
         assert "refused" in done.stderr
         data[place] ^= 1
     bundle.write_bytes(data)
-    done = arm_root.run(root, line, binds={str(tmp_path): "/work"}, timeout=300)
+    done = arm_root.run(root, line, binds={str(tmp_path): "/data"}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["device"]["machine"] == "aarch64"

@@ -67,7 +67,7 @@ import numpy as np, onnxruntime as ort
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 options.log_severity_level = 4
-for path in sorted(pathlib.Path('/work').glob('*.onnx')):
+for path in sorted(pathlib.Path('/data').glob('*.onnx')):
     session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     found = session.run(None, dict(np.load(path.with_suffix('.in.npz'))))
     np.savez(path.with_suffix('.out.npz'), *found)
@@ -86,7 +86,7 @@ def test_random_layers_are_computed_bit_for_bit(cpu: str, root: Path, tmp_path: 
             onnx.save(case.model(), tmp_path / f"{stem}.onnx")
             np.savez(tmp_path / f"{stem}.in.npz", **case.feeds)
             made[stem] = (name, case)
-    done = arm_root.run(root, ["python3", "-c", RUN], cpu=cpu, binds={str(tmp_path): "/work"}, timeout=600)
+    done = arm_root.run(root, ["python3", "-c", RUN], cpu=cpu, binds={str(tmp_path): "/data"}, timeout=600)
     assert done.returncode == 0, done.stderr
     wrong, x86 = [], 0
     for stem, (name, case) in made.items():
@@ -112,7 +112,7 @@ def test_halves_are_rounded_away_from_zero_in_sums(root: Path, tmp_path: Path) -
     )
     onnx.save(case.model(), tmp_path / "add.onnx")
     np.savez(tmp_path / "add.in.npz", **case.feeds)
-    assert arm_root.run(root, ["python3", "-c", RUN], binds={str(tmp_path): "/work"}, timeout=300).returncode == 0
+    assert arm_root.run(root, ["python3", "-c", RUN], binds={str(tmp_path): "/data"}, timeout=300).returncode == 0
     with np.load(tmp_path / "add.out.npz") as found:
         got = found["arr_0"].astype(np.float64)
     exact = a / 2.0 + b

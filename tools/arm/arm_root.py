@@ -5,7 +5,7 @@ found here hold there. Times do not: the emulator takes 20 to 100 times as long,
 
     python tools/arm/arm_root.py build                       # once, as root, on Debian; some minutes
     python tools/arm/arm_root.py run -- python3 -c 'import onnxruntime; print(onnxruntime.__version__)'
-    python tools/arm/arm_root.py run --cpu cortex-a53 --bind out:/work -- python3 /work/agent.py --bundle /work/net.zsq.tar
+    python tools/arm/arm_root.py run --cpu cortex-a53 --bind out:/data -- python3 /data/agent.py --bundle /data/net.zsq.tar
     python tools/arm/arm_root.py list                        # what is in it
 
 Debian's packages come from the mirror that this machine's apt uses, the wheels from the index that its pip uses. The root lies in

@@ -188,7 +188,9 @@ def serve(root: Path, *, cpu: str = DEFAULT_CPU) -> Iterator[Server]:
             ),
             encoding="ascii",
         )
-        arguments = [*namespaces(root, cpu), "/bin/sh", "-euc", _SCRIPT, "sh", str(folder / "passwd")]
+        # The server dies with this process, however that ends.
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"]
+        arguments = [*tied, *namespaces(root, cpu), "/bin/sh", "-euc", _SCRIPT, "sh", str(folder / "passwd")]
         arguments += [sshd, "-D", "-e", "-f", str(folder / "sshd_config")]
         log = folder / "sshd.log"
         server = Server(port, home, log, arguments, _launch(arguments, log))

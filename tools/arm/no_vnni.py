@@ -1,7 +1,7 @@
 """What an x86 processor without VNNI makes of engines: accuracy with and without the protection against int16 saturation.
 
-    zsq deploy net.onnx --target ort-x86-vnni --target ort-x86-avx2 --eval-data test.npz -o out
-    python tools/arm/no_vnni.py out --images 200
+    zsq quantize net.onnx --target ort-x86-vnni --target ort-x86-avx2 -o out
+    python tools/arm/no_vnni.py out --eval-data test.npz --images 200
 
 Every engine for ONNX Runtime in the folder runs on this machine, and again in a process for which qemu's user-mode emulation plays a
 processor without VNNI (``qemu-x86_64 -cpu Haswell``, package qemu-user-static). There u8 x s8 products are summed in pairs in saturating
@@ -27,8 +27,9 @@ from zsq_deploy.backends.onnxruntime.integer import IntegerReference
 from zsq_deploy.backends.onnxruntime.kernels import Arithmetic
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.errors import UsageError, ZsqError
+from zsq_deploy.evaldata import load_eval_data
 from zsq_deploy.pipeline.control import judged_images
-from zsq_deploy.pipeline.deploy import evaluation_data, load_recipe_model
+from zsq_deploy.pipeline.deploy import classes_of, evaluation_data, load_recipe_model
 from zsq_deploy.pipeline.stages import open_engine, recipe_in
 from zsq_deploy.pipeline.verification import Evidence
 
@@ -77,11 +78,16 @@ def _share(part: Array) -> str:
     return f"{100 * float(np.mean(part)):.2f}"
 
 
-def rows(out: Path, images: int, cpu: str) -> list[tuple[str, ...]]:
+def rows(out: Path, data: Path | None, images: int, cpu: str) -> list[tuple[str, ...]]:
     """One row an engine of a folder."""
     recipe = recipe_in(out).resolved()
     model = load_recipe_model(recipe)
-    evidence = Evidence(evaluation_data(recipe, model), judged_images(recipe, CalibrationSet.open(out / "holdout")))
+    labelled = (
+        evaluation_data(recipe, model)
+        if data is None
+        else load_eval_data(data, model.inputs[0], classes=classes_of(model), limit=images)
+    )
+    evidence = Evidence(labelled, judged_images(recipe, CalibrationSet.open(out / "holdout")))
     feeds, labels = next(iter(evidence.batches(model, min(images, evidence.images))))
     name = model.outputs[0].name
     found = []
@@ -136,14 +142,15 @@ HEAD = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; an exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("out", type=Path, nargs="+", help="output folders of zsq deploy")
+    parser.add_argument("out", type=Path, nargs="+", help="output folders of zsq deploy or zsq quantize")
+    parser.add_argument("--eval-data", type=Path, default=None, help="labelled images (default: those of the run)")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--cpu", default="Haswell", help="the processor that the emulator plays (default: Haswell)")
     options = parser.parse_args(argv)
     try:
         print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
         for out in options.out:
-            for row in rows(out, options.images, options.cpu):
+            for row in rows(out, options.eval_data, options.images, options.cpu):
                 print("| " + " | ".join(row) + " |", flush=True)
     except ZsqError as error:
         print(f"error: {error}", file=sys.stderr)
