@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=int, help="calibration images (default: all of the finished ones, or per network)"
     )
+    parser.add_argument("--no-bias-correction", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="accuracy on at most so many images")
     parser.add_argument("--parity", type=int, default=64, help="images for parity")
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.assets / "data" / network.data, model.inputs[0], resize=network.resize, limit=options.limit
             )
             for case in options.case or CASES:
-                key = f"{case}/{options.protocol}/{options.seed}"
+                key = f"{case}/{options.protocol}/{options.seed}" + "/biases as they are" * options.no_bias_correction
                 keep_row(results, options.out, name, key, partial(row, model, network, images, data, case, options))
     sys.stdout.write(markdown(results))
     return 0
@@ -104,6 +105,7 @@ def row(model: Model, network: Network, images: Images, data: EvalData, case: st
         reconstruct_preset=options.preset,
         quantizer="auto" if target.runtime == "onnxruntime" else "qdq",
         search=False,
+        bias_correction=not options.no_bias_correction,
     )
     with tempfile.TemporaryDirectory() as scratch:
         built = build_engine(
@@ -165,7 +167,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for name, rows in results.items():
         for key, found in rows.items():
-            target, bits, rounding, protocol, _ = key.split("/")
+            target, bits, rounding, protocol, _, *more = key.split("/")
             if "bytes" not in found:
                 lines.append(
                     f"| {name} | {target} | {bits} {rounding} | {found.get('error', 'no result')} |" + " |" * 5
@@ -175,7 +177,7 @@ def markdown(results: dict[str, Any]) -> str:
             exact = "-" if found.get("float") is None else f"{100 * found['float']:.2f}"
             got = "-" if found.get("engine") is None else f"{100 * found['engine']:.2f}"
             beside = "" if bits == "w8a8" or eight is None else f" ({eight['bytes'] / 1e3:.0f})"
-            told = f"{bits} {rounding}" + ("" if bits == "w8a8" or protocol == "ends-8bit" else f", {protocol}")
+            told = ", ".join([f"{bits} {rounding}", *([protocol] if protocol != "ends-8bit" else []), *more])
             lines.append(
                 f"| {name} ({exact}) | {target} | {told} | {got} ({found['images']}) | {100 * found['top1_as_twin']:.1f} | "
                 f"{100 * found['outputs_that_differ']:.2f} | {found['integer_convolutions']} of {found['convolutions']} | "
