@@ -128,7 +128,7 @@ class CalibrationSection(_Section):
     method: str = Field(
         default="zeroq",
         min_length=1,
-        description="How images are made: zeroq, genie, fractal, ... (`zsq methods` lists them all); auto chooses from measured evidence; "
+        description="How images are made: zeroq, fast, genie, fractal, ... (`zsq methods` lists them all); auto chooses from measured evidence; "
         "bn-analytic makes none.",
     )
     time_limit: float | None = Field(
