@@ -328,6 +328,13 @@ class QuantizationSection(_Section):
     reconstruct_preset: str = Field(
         default="fast", min_length=1, description="For rounding: learned: how long is learned, fast or full."
     )
+    size_budget: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="With fewer than 8 bits: let the layers that mind most keep 8, as far as the weights then take at most this share of the bytes "
+        "that they take in 8 bits. Chosen on the calibration images; by default all layers of the protocol have the bits that were asked for.",
+    )
     equalize: bool = Field(
         default=False,
         description="Equalize the weight ranges of layers that follow each other, by factors that leave the float network as it is.",

@@ -202,6 +202,38 @@ def test_4_bit_files_are_half_as_large_and_learning_beats_rounding(tmp_path, tar
     assert errors["learned", "w3a8"] < errors["nearest", "w3a8"]
 
 
+SIZES = {"w0": 216, "w1": 576, "w2": 576, "w3": 72, "w4": 96, "fc": 48}
+"""Weights of the layers, in bytes of 8 bits; all but the ends may have 4: 924 bytes of 1,584 then."""
+
+
+@pytest.mark.parametrize("target", ["ort-x86-vnni", "openvino-cpu"])
+@pytest.mark.parametrize(("budget", "few"), [(0.59, {"w1", "w2", "w3", "w4"}), (0.8, None), (1.0, set())])
+def test_a_size_budget_gives_8_bits_to_some_layers_and_is_kept(source, tmp_path, target, budget, few):
+    recipe = recipe_of(source, target, bits="w4a8", size_budget=budget)
+    (engine,) = quantize_only(recipe, tmp_path / "out").values()
+    qdq = Graph.load(engine.qdq_path)
+    weights = {t.name.removesuffix("_quantized"): t.dtype for t in read_qdq(qdq) if t.is_weight and not t.is_bias}
+    kinds = {name: next(kind for key, kind in weights.items() if key.startswith(name)) for name in SIZES}
+    assert sum(size if kinds[name] == "int8" else size // 2 for name, size in SIZES.items()) <= budget * 1584
+    found = {name for name, kind in kinds.items() if kind == "int4"}
+    if few is None:
+        assert found & {"w1", "w2"}  # 0.8 cannot be kept without one of the two large ones
+        assert len(found) < 4
+    else:
+        assert found == few
+    assert engine.choices["low_bits"]["description"].startswith("mixed bits (")
+    x = fresh()
+    wanted = reference(engine, x)
+    got = get_backend(engine.target).runner(engine.path, engine.target).run({"x": x})["logits"]
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_size_budget_that_cannot_be_kept_says_which_could(source, tmp_path):
+    with pytest.raises(UsageError, match=r"at least 0\.584") as refused:
+        quantize_only(recipe_of(source, "ort-x86-vnni", bits="w4a8", size_budget=0.5), tmp_path / "out")
+    assert "--size-budget" in str(refused.value)
+
+
 def test_an_interrupted_run_goes_on_and_gives_the_same_engine(source, tmp_path, monkeypatch):
     recipe = recipe_of(source, "ort-x86-vnni", bits="w4a4", rounding="learned")
     quantize_only(recipe, tmp_path / "whole")

@@ -107,6 +107,11 @@ def test_the_search_is_pinned_by_its_label(recipe, tmp_path):
         ({"quantization.protocol": "end-8bit"}, "ends-8bit"),
         ({"quantization.reconstruct_preset": "fats"}, "fast"),
         ({"quantization.rounding": "learned", "calibration.method": "bn-analytic"}, "makes none"),
+        ({"quantization.size_budget": 0.6}, "8 bits"),
+        (
+            {"quantization.size_budget": 0.6, "quantization.bits": "w4a8", "calibration.method": "bn-analytic"},
+            "makes none",
+        ),
         ({"calibration.parameters": {"steps": 3}}, "no parameter"),
         ({"calibration.device": "cuda:99"}, "cuda:99"),
         ({"model.mean": [0.5, 0.5], "model.std": [1, 1]}, "3"),

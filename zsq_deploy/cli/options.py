@@ -205,6 +205,15 @@ ReconstructOpt = Annotated[
         rich_help_panel=_QUANTIZE,
     ),
 ]
+SizeBudgetOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--size-budget",
+        metavar="SHARE",
+        help="With fewer than 8 bits: the layers that mind most keep 8, within this share of the bytes that weights take in 8 bits.",
+        rich_help_panel=_QUANTIZE,
+    ),
+]
 EqualizeOpt = Annotated[
     bool,
     typer.Option(

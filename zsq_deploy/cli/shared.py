@@ -75,6 +75,7 @@ QUANTIZATION = (
         bias_correction=(o.BiasOpt, True),
         rounding=(o.RoundingOpt, "nearest"),
         reconstruct_preset=(o.ReconstructOpt, "fast"),
+        size_budget=(o.SizeBudgetOpt, None),
         equalize=(o.EqualizeOpt, False),
         exact_scales=(o.ExactOpt, True),
         float_type=(o.FloatTypeOpt, "float32"),

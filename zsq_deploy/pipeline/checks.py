@@ -110,6 +110,21 @@ def _check_low_bits(recipe: Recipe, model: Model) -> None:
             raise UsageError(
                 f"there is no {word!r}", where=where, remedy=f"{nearest(word, known)}choose one of {', '.join(known)}"
             )
+    settings = settings_of(recipe)
+    if spec.size_budget is not None:
+        if not settings.low_bits or spec.bits.lower() == "w8a8":
+            raise UsageError(
+                "a size budget shares out few bits among layers, and here all layers have the same"
+                + (" 8 bits" if spec.bits.lower() == "w8a8" else ""),
+                where="--size-budget",
+                remedy="say how few bits a layer may have (--bits w4a8, with the quantizer auto or qdq), or leave the budget away",
+            )
+        if not recipe.calibration.set and not METHODS[recipe.calibration.method].images:
+            raise UsageError(
+                f"which layers keep 8 bits is measured on images, and the method {recipe.calibration.method!r} makes none",
+                where="--size-budget",
+                remedy="choose a synthesis method that makes images",
+            )
     if spec.rounding != "learned":
         return
     if not model.dynamic_batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,10 @@ from zsq_deploy.errors import CalibrationError, UsageError
 from zsq_deploy.model import Graph, Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.allocation import allocate
 from zsq_deploy.quant.bias import correct_bias
-from zsq_deploy.quant.reconstruct import Bits, Preset, Protocol
-from zsq_deploy.quant.reconstruct.deployed import LowBits, Numbers, find_numbers
+from zsq_deploy.quant.reconstruct import Bits, LayerBits, Preset, Protocol
+from zsq_deploy.quant.reconstruct.deployed import LowBits, Numbers, Places, find_numbers
 from zsq_deploy.recipe import Recipe
 from zsq_deploy.verify.parity import sqnr_db
 
@@ -33,6 +35,9 @@ BIAS_IMAGES = 64
 
 JUDGE_IMAGES = 32
 """Images that decide between engines, and whether bias correction is kept."""
+
+_SENSITIVITY_IMAGES = 128
+"""Images that say which layers mind few bits."""
 
 TOLERANCE_DB = 0.2
 """How much SQNR on synthetic images a bias correction may cost before it is rejected: less is noise. Of learned codes it may cost nothing."""
@@ -49,6 +54,8 @@ class EngineSettings(BuildSettings):
         choice: Target name -> what an earlier search chose for it; nothing is measured then.
         protocol: With fewer than 8 bits: what keeps 8 (:data:`zsq_deploy.quant.reconstruct.PROTOCOLS`).
         reconstruct_preset: For learned rounding: how long is learned (:data:`zsq_deploy.quant.reconstruct.PRESETS`).
+        size_budget: With fewer than 8 bits: share of the bytes that the weights take in 8 bits; within it layers keep 8 bits where that helps most.
+            ``None``: all layers have the bits that were asked for.
         device: Where is learned; ``None``: where there is a CUDA device, there.
     """
 
@@ -57,6 +64,7 @@ class EngineSettings(BuildSettings):
     choice: Mapping[str, str] = field(default_factory=dict)
     protocol: str = "ends-8bit"
     reconstruct_preset: str = "fast"
+    size_budget: float | None = None
     device: str | None = None
 
     @property
@@ -85,6 +93,7 @@ def settings_of(recipe: Recipe) -> EngineSettings:
         choice=dict(spec.choice),
         protocol=spec.protocol,
         reconstruct_preset=spec.reconstruct_preset,
+        size_budget=spec.size_budget,
         device=recipe.calibration.device,
     )
 
@@ -229,20 +238,54 @@ def _numbers(
         exact=settings.exact_scales,
     )
     looked_at = images.calibration
-    if looked_at is None and (settings.rounding == "learned" or asked.bits.activations < 8):
+    mixed = settings.size_budget is not None
+    if looked_at is None and (mixed or settings.rounding == "learned" or asked.fewest.activations < 8):
         raise CalibrationError(
-            f"there are no images to find {asked.bits} on: the method {images.method!r} makes none",
+            f"there are no images to find {settings.bits} on: the method {images.method!r} makes none",
             where="--method",
             remedy="choose a synthesis method that makes images",
         )
     places = backend.places(
         model, measured.ranges, target, options=options, calibration=images.calibration, progress=progress
     )
+    if settings.size_budget is not None and looked_at is not None:
+        asked = _mixed(asked, settings.size_budget, model, places, looked_at, settings.device, progress)
     # The choice of what to quantize is measured, and may differ when a run goes on: what was learned belongs to one graph.
     folder = workdir / places.qdq.digest[:12] if workdir is not None else None
     return find_numbers(
         places, looked_at, asked, workdir=folder, resume=True, device=settings.device, progress=progress
     )
+
+
+def _mixed(
+    asked: LowBits,
+    budget: float,
+    model: Model,
+    places: Places,
+    images: CalibrationSet,
+    device: str | None,
+    progress: Progress,
+) -> LowBits:
+    """The same, but layers keep 8 bits where that helps most, within a share of the bytes of 8 bits."""
+    try:
+        found = allocate(
+            model,
+            images.take(0, min(_SENSITIVITY_IMAGES, len(images))),
+            budget,
+            ("w8a8", asked.fewest),
+            asked.protocol,
+            graph=places.floating,
+            rules=places.rules,
+            activation=places.activation,
+            weight=places.weight,
+            device=device,
+            progress=progress,
+        )
+    except UsageError as error:
+        raise UsageError(error.what, where="--size-budget", remedy=error.remedy) from error
+    quantized = {layer.node for layer in places.template().layers}
+    bits = LayerBits({node: bits for node, bits in found.bits.layers.items() if node in quantized})
+    return dataclasses.replace(asked, bits=bits, chosen=f"{found.description}; ends as in {asked.protocol.name}")
 
 
 class _Correction:

@@ -172,6 +172,13 @@ def allocate(
     )
     found = prober.sensitivities(protocol)
     whole = sum(cost_of(layer, Bits(8, 8), unit) for layer in found.layers)
+    least = sum(min(cost_of(layer, bits, unit) for bits in layer.losses) for layer in found.layers)
+    if budget <= 1.0 and least > whole * budget:
+        raise UsageError(
+            f"a budget of {budget:g} of what 8 bits take cannot be kept: the cheapest choice takes {least / whole:.3g}",
+            where="budget",
+            remedy=f"allow at least {math.ceil(1000 * least / whole) / 1000:g}, or offer fewer bits",
+        )
     return choose(found, math.floor(whole * budget) if budget <= 1.0 else math.floor(budget), unit=unit)
 
 

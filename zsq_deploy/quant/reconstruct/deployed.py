@@ -32,7 +32,7 @@ from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
 from zsq_deploy.quant.reconstruct.exact import FINE, exact_activations, exact_weights
 from zsq_deploy.quant.reconstruct.images import with_mirror_images
 from zsq_deploy.quant.reconstruct.presets import Preset
-from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, Protocol, assign
+from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, LayerBits, Protocol, assign
 from zsq_deploy.quant.reconstruct.quantizers import weight_scales
 from zsq_deploy.quant.reconstruct.state import Activation, State, Weight, activation_range, with_bits
 from zsq_deploy.quant.reconstruct.template import Template, take_apart
@@ -54,22 +54,32 @@ class LowBits:
     """What is asked for.
 
     Attributes:
-        bits: Of weights and of what products read.
+        bits: Of weights and of what products read; for all layers, or layer by layer.
         protocol: What keeps 8 bits.
         rounding: One of :data:`ROUNDINGS`.
         preset: Schedule of learning; only read for ``learned``.
         seed: Of everything random.
         exact: Move scales to numbers with which engine and graph agree bit for bit.
         significands: Of activation scales, for that.
+        chosen: How bits that differ from layer to layer were chosen; said instead of a list of all layers.
     """
 
-    bits: Bits
+    bits: Bits | LayerBits
     protocol: Protocol
     rounding: str = "learned"
     preset: Preset = field(default_factory=lambda: Preset.of("fast"))
     seed: int = 0
     exact: bool = True
     significands: tuple[int, ...] = FINE
+    chosen: str = ""
+
+    @property
+    def fewest(self) -> Bits:
+        """The fewest bits that any weight and any activation gets."""
+        if isinstance(self.bits, Bits):
+            return self.bits
+        every = (self.bits.others, *self.bits.layers.values())
+        return Bits(min(one.weights for one in every), min(one.activations for one in every))
 
     @property
     def description(self) -> str:
@@ -79,7 +89,7 @@ class LowBits:
             "squant": "weights rounded by SQuant",
             "learned": f"weights learned block by block, preset {self.preset.name}",
         }[self.rounding]
-        return f"{self.protocol.describe(self.bits)}; {how}"
+        return f"{self.chosen or self.protocol.describe(self.bits)}; {how}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,13 +225,14 @@ class Numbers:
         """What the user should read about these bits."""
         asked = self.asked
         found = [asked.description]
-        if asked.bits.activations < 8:
+        fewest = asked.fewest
+        if fewest.activations < 8:
             found.append(
-                f"{asked.bits} is computed in 8-bit integers whose codes are cut to fewer bits: it saves space, not time"
+                f"{fewest} is computed in 8-bit integers whose codes are cut to fewer bits: it saves space, not time"
             )
-        elif asked.bits.weights < 8:
+        elif fewest.weights < 8:
             found.append(
-                f"weights of {asked.bits.weights} bits are computed with in 8-bit kernels: they save space, not time"
+                f"weights of {fewest.weights} bits are computed with in 8-bit kernels: they save space, not time"
             )
         return tuple(found)
 
