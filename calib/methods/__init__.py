@@ -190,6 +190,7 @@ _ALL = (
         defaults=fast.DEFAULTS,
         run=fast.recipe,
         fallback="fractal",
+        pictures=True,
     ),
     Method("gaussian", "N(0, 1) noise in the network's input space", "baseline", baseline=gaussian),
     Method("uniform", "noise, uniform over the valid pixel values", "baseline", baseline=uniform),

@@ -63,7 +63,7 @@ def test_devices_that_are_not_here_are_named() -> None:
     ("make", "says"),
     [
         (lambda: BuildOptions(quantizer="pott"), "pott"),  # type: ignore[arg-type]
-        (lambda: BuildOptions(bits="w3a8"), "w3a8"),
+        (lambda: BuildOptions(bits="w9a8"), "w9a8"),
         (lambda: BuildOptions(weight_method="best"), "best"),
         (lambda: BuildOptions(compress_weights="int5"), "int5"),
         (lambda: NncfOptions(preset="fast"), "fast"),  # type: ignore[arg-type]

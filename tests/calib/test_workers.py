@@ -58,7 +58,7 @@ class Stopping(Recorder):
 
     def __init__(self, after: int) -> None:
         super().__init__()
-        self.after = after
+        self.after, self.pressed = after, False
 
     def task(self, title: str, total: float) -> object:
         outer, parent = self, super().task(title, total)
@@ -70,7 +70,8 @@ class Stopping(Recorder):
                 class Counting:
                     def advance(self, steps: float = 1, **values: float | str) -> None:
                         inner.advance(steps, **values)
-                        if len(outer.values) == outer.after:
+                        if len(outer.values) >= outer.after and not outer.pressed:
+                            outer.pressed = True  # once: a second one interrupts at once
                             os.kill(os.getpid(), signal.SIGINT)
 
                 yield Counting()

@@ -129,7 +129,7 @@ OPTIONS = {
     "no images": (("--images", "0"), ("--images",)),
     "seed": (("--seed", "-1"), ("--seed",)),
     "threads": (("--threads", "0"), ("--threads",)),
-    "four bits": (("--bits", "w4a4"), ("--bits", "w8a8")),
+    "one bit": (("--bits", "w1a8"), ("--bits", "w8a8")),
     "no bits": (("--bits", "eight"), ("--bits", "w8a8")),
     "a device that is none": (("--device", "gpu"), ("--device", "cpu")),
     "a device that is not here": (("--device", "cuda:17"), ("--device", "zsq doctor")),

@@ -150,7 +150,7 @@ REFUSED = {
     "a type that is none": (("--quantizer", "nncf", "--ignore-type", "Frobnicate"), ("Frobnicate",)),
     "a pattern that is none": (("--quantizer", "nncf", "--ignore-pattern", "("), ("(",)),
     "a POT configuration that is none": (("--quantizer", "pot", "--pot-config", "/nowhere.json"), ("/nowhere.json",)),
-    "bits that are not built": (("--bits", "w2a2"), ("--bits", "w2a2")),
+    "bits that are not built": (("--bits", "w1a2"), ("--bits", "w1a2")),
     "a negative subset": (("--quantizer", "nncf", "--subset-size", -1), ("--subset-size",)),
 }
 
