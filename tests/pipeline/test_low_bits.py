@@ -34,6 +34,18 @@ def brief(monkeypatch):
     monkeypatch.setitem(PRESETS, "brief", BRIEF)
 
 
+def save(path, nodes, arrays):
+    """A network of images 3 x 8 x 8 with four classes."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 3, 8, 8))],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ("n", 4))],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in arrays.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A stem, a residual block, a depthwise convolution with ReLU6, padding of channels as shortcut, and a classifier."""
@@ -62,15 +74,8 @@ def source(tmp_path_factory):
         helper.make_node("Flatten", ["p"], ["f"], name="flat"),
         helper.make_node("Gemm", ["f", "fc", "fb"], ["logits"], name="head"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 3, 8, 8))],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ("n", 4))],
-        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in arrays.items()],
-    )
     path = tmp_path_factory.mktemp("net") / "net.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    save(path, nodes, arrays)
     make_images(load_model(path), method="gaussian", images=24, holdout=8, seed=0).calibration.save(path.parent / "set")
     return path
 
@@ -176,15 +181,8 @@ def test_4_bit_files_are_half_as_large_and_learning_beats_rounding(tmp_path, tar
         helper.make_node("Flatten", ["p"], ["f"], name="flat"),
         helper.make_node("Gemm", ["f", "fc"], ["logits"], name="head"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 3, 8, 8))],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ("n", 4))],
-        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in arrays.items()],
-    )
     path = tmp_path / "net.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    save(path, nodes, arrays)
     model = load_model(path)
     make_images(model, method="gaussian", images=40, holdout=8, seed=0).calibration.save(tmp_path / "set")
     x = fresh(32)
