@@ -53,6 +53,8 @@ def test_the_report_has_the_stable_keys(place):
         engine = place.out / target["engine"]["path"]
         assert engine == place.out / name / "engine.onnx"
         assert target["engine"]["bytes"] == engine.stat().st_size
+        (tried,) = (row for row in target["engine"]["candidates"] if row["chosen"])  # one row is the engine
+        assert tried["bytes"] == target["engine"]["bytes"]
         assert target["integer"]["macs_share"] == 1.0
         parity = target["parity"]
         assert {"top1_agreement", "within_2_lsb", "max_lsb", "mean_lsb", "sqnr_db"} <= set(parity)
@@ -66,7 +68,8 @@ def test_the_report_has_the_stable_keys(place):
         assert 0.8 <= target["accuracy"]["engine"] <= 1
         for form in ("engine", "float32", "float_best"):
             times = target["latency"][form]
-            assert 0 < times["median_ms"] <= times["p90_ms"] <= times["p99_ms"]
+            assert 0 < times["median_ms"] <= times["p90_ms"] <= times["p95_ms"] <= times["p99_ms"]
+            assert 0 <= times["iqr_ms"] <= times["p95_ms"]
             assert times["first_ms"] > 0
             assert times["load_ms"] > 0
         assert target["latency"]["speedup"] == pytest.approx(

@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsq_deploy.backends import TARGETS
+from zsq_deploy.device import agent
 from zsq_deploy.device.address import Device, parse_address
 from zsq_deploy.device.inventory import Inventory
 from zsq_deploy.device.link import Lines
 from zsq_deploy.device.result import LIMIT, parse_probe, parse_result
 from zsq_deploy.errors import DeviceError, UsageError, ZsqError
 from zsq_deploy.pipeline.on_device import BY_HAND, lacks, section_of
-from zsq_deploy.report.device_schema import DeviceSection
+from zsq_deploy.report.device_schema import DeviceLatency, DeviceSection
+from zsq_deploy.report.schema import LatencyNumbers
+from zsq_deploy.verify.latency import summarize
 
 
 @pytest.mark.parametrize(
@@ -154,6 +157,18 @@ def test_a_result_is_taken_and_shown_as_it_is() -> None:
     assert section.parity["twin"].equal_share == 1
     assert any("1.24.4 ran an engine that was built and verified with 1.32.0" in note for note in section.notes)
     assert "a note" in section.notes
+    del value["latency"]["iqr_ms"]  # an agent of an earlier bundle does not tell the spread
+    old = parse_result(json.dumps(value).encode(), manifest_sha256="a" * 64, target="ort-x86-vnni", where="board")
+    assert DeviceSection.model_validate(section_of(old, BY_HAND, [])).latency.iqr_ms is None
+
+
+def test_device_and_workstation_tell_the_same_statistics() -> None:
+    times = [0.5 + 0.01 * ((37 * index) % 101) ** 1.5 for index in range(240)]
+    there, here = agent.summary(times), summarize(times, threads=1).to_json()
+    told = {name for name in DeviceLatency.model_fields if name.endswith("_ms")}
+    assert told == {name for name in LatencyNumbers.model_fields if name.endswith("_ms") and "device" not in name}
+    for name in told - {"first_ms", "load_ms"}:
+        assert there[name] == pytest.approx(here[name], rel=1e-12), name
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,23 @@ TENSORS = [
 def latency(median, mode, seed):
     rng = np.random.default_rng(seed)
     times = median * (1 + np.abs(rng.normal(0, 0.04, 400)))
-    p50, p90, p99 = (float(v) for v in np.percentile(times, [50, 90, 99]))
+    p25, p50, p75, p90, p95, p99 = (float(v) for v in np.percentile(times, [25, 50, 75, 90, 95, 99]))
     return Latency(
-        p50,
-        p90,
-        p99,
-        float(times.mean()),
-        float(times.min()),
-        400,
-        1,
-        1,
-        p50 * 3.1,
-        18.0 + median,
-        91_000_000,
-        21_000_000,
-        mode,
+        median_ms=p50,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        iqr_ms=p75 - p25,
+        mean_ms=float(times.mean()),
+        min_ms=float(times.min()),
+        runs=400,
+        threads=1,
+        batch=1,
+        first_ms=p50 * 3.1,
+        load_ms=18.0 + median,
+        peak_rss_bytes=91_000_000,
+        added_rss_bytes=21_000_000,
+        mode=mode,
     )
 
 
@@ -246,7 +248,7 @@ def parts(*, targets=1, estimate=False):
             "device": "cpu",
             "seed": 0,
             "parameters": {"steps": 500, "optimizer": {"name": "adam", "lr": 0.1}},
-            "preview": contact_sheet(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+            "preview": contact_sheet(images, total=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
             "range_method": "mse",
             "ranges_seconds": 3.2,
             "ranges": [

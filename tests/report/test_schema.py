@@ -28,7 +28,7 @@ STABLE = {
     "targets.*.parity.integer": ["equal_share", "max_lsb"],
     "targets.*.accuracy": ["float", "reference", "engine", "images"],
     **{
-        f"targets.*.latency.{form}": ["median_ms", "p90_ms", "p99_ms", "first_ms", "load_ms"]
+        f"targets.*.latency.{form}": ["median_ms", "p90_ms", "p95_ms", "p99_ms", "iqr_ms", "first_ms", "load_ms"]
         for form in ("engine", "float32", "float_best")
     },
     "targets.*.latency": ["speedup"],

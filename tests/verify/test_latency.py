@@ -21,12 +21,13 @@ def spec(function, **arguments):
 
 
 def ordered(latency):
-    return 0 < latency.min_ms <= latency.median_ms <= latency.p90_ms <= latency.p99_ms
+    return 0 < latency.min_ms <= latency.median_ms <= latency.p90_ms <= latency.p95_ms <= latency.p99_ms
 
 
 def test_summary_against_closed_forms():
     found = summarize([float(value) for value in range(1, 102)], threads=2, mode="x")
-    assert (found.median_ms, found.p90_ms, found.p99_ms, found.mean_ms, found.min_ms) == (51, 91, 100, 51, 1)
+    assert (found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms) == (51, 91, 96, 100)
+    assert (found.iqr_ms, found.mean_ms, found.min_ms) == (50, 51, 1)
     assert (found.runs, found.threads, found.mode) == (101, 2, "x")
     assert (found.device_median_ms, found.device_p90_ms, found.device_p99_ms) == (None, None, None)
     told = summarize([5.0, 6.0], threads=1, device_ms=[float(value) for value in range(1, 102)])

@@ -430,6 +430,7 @@ def summary(times: list[float]) -> dict[str, Any]:
         "p90_ms": float(np.percentile(array, 90)),
         "p95_ms": float(np.percentile(array, 95)),
         "p99_ms": float(np.percentile(array, 99)),
+        "iqr_ms": float(np.percentile(array, 75) - np.percentile(array, 25)),
         "min_ms": float(array.min()),
         "mean_ms": float(array.mean()),
         "drift": float(np.median(array[-tenth:]) / np.median(array[:tenth])),
@@ -867,7 +868,8 @@ def tell(result: Mapping[str, Any], out: Path) -> None:
             f"at most {found['max_lsb']:.1f} LSB{top}"
         )
     print(
-        f"  latency      median {latency['median_ms']:.3f} ms, p90 {latency['p90_ms']:.3f}, p99 {latency['p99_ms']:.3f} "
+        f"  latency      median {latency['median_ms']:.3f} ms, spread {latency['iqr_ms']:.3f}, p90 {latency['p90_ms']:.3f}, "
+        f"p95 {latency['p95_ms']:.3f}, p99 {latency['p99_ms']:.3f} "
         f"(first {latency['first_ms']:.1f}, load {latency['load_ms']:.0f}), {latency['threads']} thread(s)"
     )
     if "throughput" in result:

@@ -90,6 +90,7 @@ class Latency(_Part):
     p90_ms: _Amount
     p95_ms: _Amount
     p99_ms: _Amount
+    iqr_ms: _Amount | None = None  # agents of earlier bundles do not tell it
     min_ms: _Amount
     mean_ms: _Amount
     first_ms: _Amount

@@ -35,6 +35,10 @@ class DeviceLatency(Section):
     p90_ms: Amount = Field(description="90th percentile.")
     p95_ms: Amount = Field(description="95th percentile.")
     p99_ms: Amount = Field(description="99th percentile.")
+    iqr_ms: Amount | None = Field(
+        None,
+        description="Spread: 75th minus 25th percentile; the middle half of the runs lies within it. `null` of bundles made before it was measured.",
+    )
     mean_ms: Amount = Field(description="Mean.")
     min_ms: Amount = Field(description="Fastest run.")
     first_ms: Amount = Field(description="First run after loading.")

@@ -115,8 +115,9 @@ def _table() -> Iterable[tuple[str, str, _Here, _There]]:
         _nothing,
         lambda section: "yes" if section.passed else "no",
     )
-    names = {"median_ms": "Median", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99", "min_ms": "Fastest"}
-    for key, title in {**names, "first_ms": "First run", "load_ms": "Load"}.items():
+    names = {"median_ms": "Median", "iqr_ms": "Spread (75th − 25th percentile)", "p90_ms": "p90", "p95_ms": "p95"}
+    rest = {"p99_ms": "p99", "min_ms": "Fastest", "mean_ms": "Mean", "first_ms": "First run", "load_ms": "Load"}
+    for key, title in {**names, **rest}.items():
         yield ("Latency", title, *_latency(key))
     yield (
         "Latency",
@@ -211,7 +212,7 @@ def device_line(section: DeviceSection) -> str:
     if twin is not None:
         parts.append(f"within 2 LSB of the twin {words.percent(twin.within_2_lsb)}")
     times = section.latency
-    shown = f"median {words.milliseconds(times.median_ms)}, p99 {words.milliseconds(times.p99_ms)}"
+    shown = f"median {words.milliseconds(times.median_ms)}, p95 {words.milliseconds(times.p95_ms)}, p99 {words.milliseconds(times.p99_ms)}"
     parts.append(f"{shown} (emulated: says nothing)" if section.emulated else shown)
     if section.throttled:
         parts.append("throttled")

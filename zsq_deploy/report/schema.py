@@ -378,7 +378,11 @@ class LatencyNumbers(_Section):
 
     median_ms: Amount | None = Field(None, description="Median.")
     p90_ms: Amount | None = Field(None, description="90th percentile.")
+    p95_ms: Amount | None = Field(None, description="95th percentile.")
     p99_ms: Amount | None = Field(None, description="99th percentile.")
+    iqr_ms: Amount | None = Field(
+        None, description="Spread: 75th minus 25th percentile; the middle half of the runs lies within it."
+    )
     mean_ms: Amount | None = Field(None, description="Mean.")
     min_ms: Amount | None = Field(None, description="Fastest run.")
     first_ms: Amount | None = Field(None, description="First run after loading, in a fresh process.")

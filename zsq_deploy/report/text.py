@@ -81,6 +81,8 @@ def summary(report: Report) -> RenderableType:
     rows: list[tuple[str, _Cell]] = [
         *_quality_rows(report),
         ("latency, engine", _time("engine")),
+        ("latency, engine, spread", _time("engine", "iqr_ms")),
+        ("latency, engine, p95", _time("engine", "p95_ms")),
         ("latency, engine, p99", _time("engine", "p99_ms")),
         ("latency, engine, on the device alone", _time("engine", "device_median_ms")),
         ("latency, best float mode", _time("float_best")),

@@ -48,7 +48,9 @@ class Latency:
     Attributes:
         median_ms: Half of the runs are faster.
         p90_ms: 90 % of the runs are faster.
+        p95_ms: 95 % of the runs are faster.
         p99_ms: 99 % of the runs are faster.
+        iqr_ms: Spread: 75th minus 25th percentile, within which the middle half of the runs lies.
         mean_ms: Mean.
         min_ms: Fastest run.
         runs: Number of timed runs.
@@ -67,7 +69,9 @@ class Latency:
 
     median_ms: float
     p90_ms: float
+    p95_ms: float
     p99_ms: float
+    iqr_ms: float
     mean_ms: float
     min_ms: float
     runs: int
@@ -157,13 +161,24 @@ def summarize(times_ms: Sequence[float], *, threads: int, device_ms: Sequence[fl
     if not times_ms:
         raise UsageError("no run was timed", where="latency", remedy="ask for at least one run")
     times = np.asarray(times_ms, np.float64)
-    median, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
+    low, median, high, p90, p95, p99 = (float(value) for value in np.percentile(times, [25, 50, 75, 90, 95, 99]))
     if device_ms:
         middle, most, all_but = (
             float(value) for value in np.percentile(np.asarray(device_ms, np.float64), [50, 90, 99])
         )
         known.update(device_median_ms=middle, device_p90_ms=most, device_p99_ms=all_but)
-    return Latency(median, p90, p99, float(times.mean()), float(times.min()), len(times), threads, **known)
+    return Latency(
+        median_ms=median,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        iqr_ms=high - low,
+        mean_ms=float(times.mean()),
+        min_ms=float(times.min()),
+        runs=len(times),
+        threads=threads,
+        **known,
+    )
 
 
 def measure(
