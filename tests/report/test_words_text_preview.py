@@ -124,6 +124,14 @@ def test_the_contact_sheet_undoes_the_preprocessing():
     assert preview["images"] == 2
 
 
+def test_the_caption_counts_the_whole_set():
+    first = np.zeros((24, 1, 4, 6), np.float32)
+    assert contact_sheet(first, total=48)["caption"] == "The first 24 of 48 images, 6×4"
+    assert contact_sheet(first)["caption"] == "All 24 images, 6×4"
+    assert contact_sheet(first, limit=5, total=5)["caption"] == "The first 5 of 24 images, 6×4"
+    assert contact_sheet(first[:1])["caption"] == "The only image, 6×4"
+
+
 def test_raw_pixels_gray_and_feature_maps():
     gray = picture(contact_sheet(np.full((1, 1, 4, 4), 128.0), raw_pixels=True))
     assert gray.getpixel((2, 2)) == (128, 128, 128, 255)
@@ -142,4 +150,5 @@ def test_many_large_images_stay_a_small_picture():
     noise = np.random.default_rng(0).random((64, 3, 224, 224))
     preview = contact_sheet(noise)
     assert preview["images"] == 24
+    assert preview["caption"] == "The first 24 of 64 images, 224×224"
     assert len(preview["data_uri"]) < 1_500_000

@@ -371,4 +371,4 @@ def _preview(model: Model, images: CalibrationSet) -> dict[str, Any] | None:
     if first.ndim != 4:
         return None
     space = model.preprocess
-    return contact_sheet(first, mean=space.mean, std=space.std, raw_pixels=space.raw_pixels)
+    return contact_sheet(first, total=len(images), mean=space.mean, std=space.std, raw_pixels=space.raw_pixels)

@@ -206,6 +206,10 @@ def build_engine(
             engine, options = correction(engine, options)
         for row in correction.rows:
             row["chosen"] = bool(options.biases) and row["name"].startswith(f"{options.label},")
+            for before in (
+                candidates if row["chosen"] else ()
+            ):  # the engine is the corrected one, not what it was made from
+                before["chosen"] = False
         candidates.extend(correction.rows)
         notes.extend(correction.notes)
     engine = move(engine, folder)

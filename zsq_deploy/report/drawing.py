@@ -118,5 +118,5 @@ def layer_axis(axes: Axes, names: Sequence[str]) -> None:
 
 def short_name(name: str, length: int) -> str:
     """The end of a long name, without what exporters add to every name."""
-    name = name.removesuffix("_output_0").lstrip("/")
+    name = name.removesuffix("_output_0").lstrip("/").replace("Normalization", "Norm")
     return name if len(name) <= length else "…" + name[1 - length :]

@@ -37,8 +37,9 @@ def _bars(
     errors: Sequence[Sequence[tuple[float, str]]] = (),
     unit: str,
     whiskers: Sequence[tuple[float, float]] = (),
+    most: float = math.inf,
 ) -> tuple[Figure, Axes]:
-    """Horizontal bars from 0 with the value written behind each: ``(label, value, colour, text)``."""
+    """Horizontal bars from 0 with the value written behind each: ``(label, value, colour, text)``; no tick lies beyond `most`."""
     figure, axes = new_figure(5.2, 0.42 * len(rows) + 0.75)
     places = list(range(len(rows)))[::-1]
     reach = max([value for _, value, _, _ in rows] + [1e-12])
@@ -52,19 +53,21 @@ def _bars(
             shown = min(mark, limit)
             axes.plot([value, shown], [place, place], color=SOFT, linewidth=1)
             axes.plot(shown, place, marker=style if mark <= limit else ">", color=INK, markersize=5, linestyle="none")
-            end = max(end, shown)
         if whiskers:
             low, high = whiskers[places[0] - place]
             axes.plot([low, high], [place, place], color=INK, linewidth=1.4)
             end = max(end, high)
-        axes.text(end + reach * 0.02, place, text, va="center", ha="left", parse_math=False, fontsize=9)
+        # With marks behind the bar the value stands above them, so that it is not taken for that of the last mark.
+        height, anchor = (place + 0.1, "bottom") if errors else (place, "center")
+        axes.text(end + reach * 0.02, height, text, va=anchor, ha="left", parse_math=False, fontsize=9)
     axes.set_yticks(places, [label for label, *_ in rows])
     for label in axes.get_yticklabels():
         label.set_color(INK)
         label.set_parse_math(False)
     axes.set_xlim(0, reach * 1.28)
     axes.set_xlabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, reach * 1.28)
+    axes.set_xticks([tick for tick in ticks if tick <= min(most, reach * 1.28)])
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -122,7 +125,9 @@ def accuracy_bars(accuracy: AccuracySection, name: str, texts: Sequence[str]) ->
         "sqnr_db": "SQNR against float in dB",
     }[accuracy.metric]
     with mpl.rc_context(SETTINGS):
-        figure, _ = _bars(rows, unit=unit, whiskers=whiskers if accuracy.standard_error else ())
+        figure, _ = _bars(
+            rows, unit=unit, whiskers=whiskers if accuracy.standard_error else (), most=100.0 if percent else math.inf
+        )
         return svg_of(figure, name, f"{unit}: " + ", ".join(f"{row[0]} {row[3]}" for row in rows))
 
 
@@ -213,7 +218,7 @@ def range_bars(ranges: Sequence[LayerRange], name: str) -> str | None:
             axes.set_yscale("symlog", linthresh=threshold)
         axes.axhline(0, color=SOFT, linewidth=0.8)
         axes.set_ylabel("value")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
         axes.grid(axis="y")
         layer_axis(axes, [row.name for row in ranges])
         widest = max(ranges, key=lambda row: row.high - row.low)

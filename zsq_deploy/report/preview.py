@@ -45,6 +45,7 @@ def _pixels(
 def contact_sheet(
     images: Array,
     *,
+    total: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     raw_pixels: bool = False,
@@ -59,6 +60,7 @@ def contact_sheet(
 
     Args:
         images: Network inputs, float [N, C, H, W].
+        total: How many images the set has, where `images` are only its first ones.
         mean: Of the preprocessing, to undo it.
         std: Of the preprocessing.
         raw_pixels: The network takes 0..255.
@@ -87,7 +89,12 @@ def contact_sheet(
         sheet.paste(tile, ((index % columns) * (shape[0] + gap), (index // columns) * (shape[1] + gap)))
     file = io.BytesIO()
     sheet.save(file, format="PNG", optimize=True)
-    caption = f"{count} of {len(images)} images, {width}×{height}" + (f" ({note})" if note else "")
+    of_all = max(len(images), total or 0)
+    if count < of_all:
+        which = f"The first {count} of {of_all} images"
+    else:
+        which = f"All {count} images" if count > 1 else "The only image"
+    caption = f"{which}, {width}×{height}" + (f" ({note})" if note else "")
     return {
         "data_uri": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
         "file": None,
