@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +15,7 @@ import pytest
 import small
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+import zsq_deploy.cli
 from zsq_deploy import __version__
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.cli.app import app
@@ -50,6 +54,28 @@ def test_help_of_groups(zsq, group, command):
     assert f"Usage: zsq {group} {command}" in said.out
     assert "--json" in said.out
     assert re.search(rf"^  zsq {group} {command}", said.out, re.MULTILINE), "an example"
+
+
+ONE_FLAG_SEVERAL_MEANINGS = {
+    "--device", "--force", "--model", "--output", "--python", "--target", "--threads", "--time-limit",
+}  # fmt: skip
+"""Said more than once, since commands mean different things by it: `--device` of deploy makes images, that of bench measures."""
+
+
+def test_every_option_is_declared_once():
+    said = defaultdict(list)
+    for file in Path(zsq_deploy.cli.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "typer.Option":
+                flags = [word.value for word in node.args if isinstance(word, ast.Constant)]
+                (text,) = (ast.unparse(word.value) for word in node.keywords if word.arg == "help")
+                for flag in flags:
+                    if isinstance(flag, str) and flag.startswith("--"):
+                        said[flag].append(text)
+    assert len(said) > 70
+    assert {flag for flag, texts in said.items() if len(texts) > 1} == ONE_FLAG_SEVERAL_MEANINGS
+    for flag, texts in said.items():
+        assert len(set(texts)) == len(texts), f"{flag} is declared twice with one meaning"
 
 
 def test_all_commands_are_there(zsq):

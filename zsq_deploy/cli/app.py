@@ -12,7 +12,10 @@ from rich.console import Console
 
 from zsq_deploy import __version__
 from zsq_deploy.cli import benches, bundles, devices, environments, methods, pot_config
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
+from zsq_deploy.cli.options import devices as d
+from zsq_deploy.cli.options import quantize as q
+from zsq_deploy.cli.options import verify as v
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.cli.shared import EVALUATION, IMAGES, MODEL, QUANTIZATION, RUN, SEED, with_options
 from zsq_deploy.cli.words import recipe_from
@@ -182,7 +185,7 @@ def synth(
         ),
     ] = None,
     real_data: o.RealDataOpt = None,
-    resize: o.ResizeOpt = False,
+    resize: v.ResizeOpt = False,
     force: o.ForceOpt = False,
     resume: o.ResumeOpt = False,
     as_json: o.JsonOpt = False,
@@ -264,17 +267,12 @@ def quantize(
     return 0
 
 
-_OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `zsq deploy` or `zsq quantize`.")]
-
-
 @app.command(short_help="Measure finished engines again.")
 @with_options(*EVALUATION)
 def verify(
     said: dict[str, Any],
-    folder: _OutArg,
-    target: Annotated[
-        list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
-    ] = None,
+    folder: o.OutArg,
+    target: o.OnlyTargetOpt = None,
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of the engine (default: as before).")
     ] = None,
@@ -410,13 +408,9 @@ def lint(
 
 @app.command(short_help="What this machine has, and what is missing.")
 def doctor(
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME|ssh://...", help="Look at a device instead of this machine.")
-    ] = None,
-    python: Annotated[
-        str | None, typer.Option("--python", metavar="PATH", help="The interpreter of the device (default: python3).")
-    ] = None,
-    accept_new_host_key: devices.AcceptOpt = False,
+    device: d.OneDeviceOpt = None,
+    python: d.PythonOpt = None,
+    accept_new_host_key: d.AcceptOpt = False,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Say what this machine or a device has, which targets it can build and measure, and what is missing."""
@@ -435,10 +429,10 @@ def doctor(
 
 @app.command(short_help="The whole job on an embedded example, offline.")
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Output folder.")] = Path("demo-out"),
+    output: o.OutputOpt = Path("demo-out"),
     method: o.MethodOpt = "zeroq",
     images: o.ImagesOpt = 48,
-    target: o.TargetOpt = ["ort-x86-vnni"],  # noqa: B006
+    target: q.TargetOpt = ["ort-x86-vnni"],  # noqa: B006
     seed: o.SeedOpt = 0,
     threads: o.ThreadsOpt = 1,
     force: o.ForceOpt = False,

@@ -10,22 +10,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zsq_deploy.cli import options as o
-from zsq_deploy.cli.devices import AcceptOpt
+from zsq_deploy.cli.options import common as o
+from zsq_deploy.cli.options import devices as d
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.errors import UsageError
 
 __all__ = ["bench"]
 
-_HERE, _DEVICES = "On this machine", "On devices"
-
 
 def bench(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `zsq deploy` or `zsq quantize`.")],
-    target: Annotated[
-        list[str] | None, typer.Option("--target", metavar="NAME", help="Only this target (repeatable).")
-    ] = None,
-    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of every runner.")] = 1,
+    folder: o.OutArg,
+    target: o.OnlyTargetOpt = None,
+    threads: o.ThreadsOpt = 1,
     rounds: Annotated[
         int,
         typer.Option(
@@ -33,78 +29,19 @@ def bench(
             metavar="N",
             min=1,
             help="Interleaved rounds of engine and float baselines.",
-            rich_help_panel=_HERE,
+            rich_help_panel="On this machine",
         ),
     ] = 10,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--device",
-            metavar="ssh://user@host|NAME|local",
-            help="Measure there instead, and write the result into the report (repeatable).",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = None,
-    python: Annotated[
-        str | None,
-        typer.Option(
-            "--python",
-            metavar="PATH",
-            help="The interpreter there, 3.9 or newer with numpy and the runtime (default: python3).",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = None,
-    seconds: Annotated[
-        float,
-        typer.Option("--seconds", metavar="S", min=0.01, help="How long runs are timed.", rich_help_panel=_DEVICES),
-    ] = 5.0,
-    streams: Annotated[
-        int,
-        typer.Option(
-            "--streams",
-            metavar="N",
-            min=0,
-            help="Also the throughput of so many engines at once.",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = 0,
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            "--time-limit",
-            metavar="S",
-            min=0.01,
-            help="Seconds after which an agent that stands still is ended.",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = 3600.0,
-    affinity: Annotated[
-        str | None,
-        typer.Option("--affinity", metavar="0-3", help="Cores to run on.", rich_help_panel=_DEVICES),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option("--samples", metavar="N", help="Inputs to prove the engine with.", rich_help_panel=_DEVICES),
-    ] = 32,
-    bundle: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--bundle",
-            metavar="FILE",
-            help="Use this bundle instead of making one (repeatable).",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = None,
-    accept_new_host_key: AcceptOpt = False,
-    result: Annotated[
-        Path | None,
-        typer.Option(
-            "--result",
-            metavar="FILE",
-            help="Take the result.json that an agent wrote elsewhere; with --bundle, and --device NAME to call it by.",
-            rich_help_panel=_DEVICES,
-        ),
-    ] = None,
+    device: d.DevicesOpt = None,
+    python: d.PythonOpt = None,
+    seconds: d.SecondsOpt = 5.0,
+    streams: d.StreamsOpt = 0,
+    time_limit: d.AgentLimitOpt = 3600.0,
+    affinity: d.AffinityOpt = None,
+    samples: d.SamplesOpt = 32,
+    bundle: d.BundlesOpt = None,
+    accept_new_host_key: d.AcceptOpt = False,
+    result: d.ResultOpt = None,
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
@@ -199,13 +136,13 @@ def _here(folder: Path, target: list[str] | None, threads: int, rounds: int, pro
         print_json(found)
         return 0
     table = Table(title=f"batch 1, {threads} thread{'s' if threads > 1 else ''}, milliseconds")
-    for column in ("target", "runs as", "median", "p90", "p99", "first", "load", "speed-up"):
+    for column in ("target", "runs as", "median", "spread", "p90", "p95", "p99", "first", "load", "speed-up"):
         table.add_column(column, justify="left" if column in ("target", "runs as") else "right")
     for name, section in found.items():
         for form in ("engine", "float32", "float_best"):
             row = section.get(form)
             if row:
-                figures = [row[key] for key in ("median_ms", "p90_ms", "p99_ms", "first_ms", "load_ms")]
+                figures = [row[f"{key}_ms"] for key in ("median", "iqr", "p90", "p95", "p99", "first", "load")]
                 speed = f"{section['speedup']:.2f}x" if form == "engine" and section.get("speedup") else ""
                 table.add_row(name, form, *(f"{v:.3f}" if v is not None else "-" for v in figures), speed)
     Console().print(table)

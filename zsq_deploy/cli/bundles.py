@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from zsq_deploy.artifact import digest_file
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
+from zsq_deploy.cli.options import devices as d
 from zsq_deploy.cli.printing import print_json, progress_for
 
 __all__ = ["bundle"]
@@ -20,8 +21,8 @@ def bundle(
         Path, typer.Argument(metavar="OUT/TARGET", help="A target's folder in an output folder of deploy or quantize.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The bundle, such as net.zsq.tar.")],
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Inputs to prove the engine with.")] = 32,
-    force: o.ForceOpt = False,
+    samples: d.SamplesOpt = 32,
+    force: o.ReplaceOpt = False,
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:

@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
+from zsq_deploy.cli.options import devices as d
 from zsq_deploy.cli.printing import print_json, progress_for
 from zsq_deploy.device.address import Device, parse_address
 from zsq_deploy.device.inventory import Inventory
 from zsq_deploy.errors import InterruptedRunError, UsageError, ZsqError
 
-__all__ = ["AcceptOpt", "app", "examine_device"]
+__all__ = ["app", "examine_device"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,14 +25,6 @@ app = typer.Typer(
     help="Your devices by name, for `zsq bench --device NAME` and `zsq doctor --device NAME`.",
 )
 
-AcceptOpt = Annotated[
-    bool,
-    typer.Option(
-        "--accept-new-host-key",
-        help="Take and remember the host key of a device that is not known yet; a key that changed is never taken.",
-        rich_help_panel="On devices",
-    ),
-]
 _NamesArg = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of devices.")]
 
 
@@ -39,13 +32,11 @@ _NamesArg = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names o
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],
     address: Annotated[str, typer.Argument(metavar="ssh://user@host[:port][/folder]", help="Where it is.")],
-    python: Annotated[
-        str | None, typer.Option("--python", metavar="PATH", help="Its interpreter (default: python3).")
-    ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Threads there.")] = None,
-    affinity: Annotated[str | None, typer.Option("--affinity", metavar="0-3", help="Cores to run on.")] = None,
+    python: d.PythonOpt = None,
+    threads: d.ThreadsOpt = None,
+    affinity: d.AffinityOpt = None,
     note: Annotated[str, typer.Option("--note", metavar="TEXT", help="What to remember of it.")] = "",
-    force: o.ForceOpt = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the device of that name.")] = False,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Write a device into the list. Nothing is connected to; `zsq devices check` does that.
@@ -106,7 +97,7 @@ def check(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="NAME...", help="Names or addresses (default: the whole list).")
     ] = None,
-    accept_new_host_key: AcceptOpt = False,
+    accept_new_host_key: d.AcceptOpt = False,
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:

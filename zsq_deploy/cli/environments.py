@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
 from zsq_deploy.cli.printing import print_json, progress_for
 
 __all__ = ["app"]
@@ -38,7 +38,7 @@ def create(
     as_json: o.JsonOpt = False,
     quiet: o.QuietOpt = False,
 ) -> int:
-    """Make an environment, unless it is there already. It takes about a minute and 1 GB.
+    """Make an environment, unless it is there already. It takes about a minute and 0.6 GB.
 
     \b
     zsq env create pot

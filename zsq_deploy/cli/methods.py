@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
 from zsq_deploy.cli.printing import print_json
 
 __all__ = ["app"]

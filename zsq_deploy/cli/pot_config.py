@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
 from zsq_deploy.cli.printing import print_json
 from zsq_deploy.errors import OutputExistsError, UsageError
 
 __all__ = ["exporting", "importing"]
 
-_ForceOpt = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
 
 importing = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Turn another tool's configuration into a recipe."
@@ -52,7 +51,7 @@ def import_pot_config(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.yaml", help="The recipe (default: standard output).")
     ] = None,
-    force: _ForceOpt = False,
+    force: o.ReplaceOpt = False,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Turn a POT configuration into a recipe; every key that has no counterpart is named.
@@ -96,7 +95,7 @@ def export_pot_config(
     model: Annotated[
         str, typer.Option("--model", metavar="FILE.xml", help="The IR that the configuration is to name.")
     ] = "network.xml",
-    force: _ForceOpt = False,
+    force: o.ReplaceOpt = False,
     as_json: o.JsonOpt = False,
 ) -> int:
     """Write what a recipe says of POT (or NNCF) as a POT configuration; what POT has no word for is named.

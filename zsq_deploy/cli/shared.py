@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from zsq_deploy.cli import options as o
+from zsq_deploy.cli.options import common as o
+from zsq_deploy.cli.options import quantize as q
+from zsq_deploy.cli.options import verify as v
 
 __all__ = ["EVALUATION", "IMAGES", "MODEL", "QUANTIZATION", "RUN", "SEED", "Shared", "with_options"]
 
@@ -69,49 +71,49 @@ QUANTIZATION = (
     *_shared("calibration", calibration=(o.SetOpt, None, "set")),
     *_shared(
         "quantization",
-        bits=(o.BitsOpt, "w8a8"),
-        protocol=(o.ProtocolOpt, "ends-8bit"),
-        ranges=(o.RangesOpt, "auto"),
-        bias_correction=(o.BiasOpt, True),
-        rounding=(o.RoundingOpt, "nearest"),
-        reconstruct_preset=(o.ReconstructOpt, "fast"),
-        size_budget=(o.SizeBudgetOpt, None),
-        equalize=(o.EqualizeOpt, False),
-        exact_scales=(o.ExactOpt, True),
-        float_type=(o.FloatTypeOpt, "float32"),
-        float_macs=(o.FloatMacsOpt, None),
-        search=(o.SearchOpt, True),
-        exclude=(o.ExcludeOpt, None),
-        compress_weights=(o.CompressOpt, None),
-        quantizer=(o.QuantizerOpt, "auto"),
-        preset=(o.PresetOpt, None, "vendor.preset"),
-        model_type=(o.ModelTypeOpt, None, "vendor.model_type"),
-        fast_bias=(o.FastBiasOpt, None, "vendor.fast_bias"),
-        subset_size=(o.SubsetOpt, None, "vendor.subset_size"),
-        ignore_name=(o.IgnoreNameOpt, None, "vendor.ignore_name"),
-        ignore_type=(o.IgnoreTypeOpt, None, "vendor.ignore_type"),
-        ignore_pattern=(o.IgnorePatternOpt, None, "vendor.ignore_pattern"),
-        accuracy_control=(o.AccuracyControlOpt, False, "vendor.accuracy_control"),
-        max_drop=(o.MaxLossOpt, None, "vendor.max_drop"),
-        pot_config=(o.PotConfigOpt, None, "vendor.pot_config"),
-        validation_data=(o.ValidationOpt, None),
+        bits=(q.BitsOpt, "w8a8"),
+        protocol=(q.ProtocolOpt, "ends-8bit"),
+        ranges=(q.RangesOpt, "auto"),
+        bias_correction=(q.BiasOpt, True),
+        rounding=(q.RoundingOpt, "nearest"),
+        reconstruct_preset=(q.ReconstructOpt, "fast"),
+        size_budget=(q.SizeBudgetOpt, None),
+        equalize=(q.EqualizeOpt, False),
+        exact_scales=(q.ExactOpt, True),
+        float_type=(q.FloatTypeOpt, "float32"),
+        float_macs=(q.FloatMacsOpt, None),
+        search=(q.SearchOpt, True),
+        exclude=(q.ExcludeOpt, None),
+        compress_weights=(q.CompressOpt, None),
+        quantizer=(q.QuantizerOpt, "auto"),
+        preset=(q.PresetOpt, None, "vendor.preset"),
+        model_type=(q.ModelTypeOpt, None, "vendor.model_type"),
+        fast_bias=(q.FastBiasOpt, None, "vendor.fast_bias"),
+        subset_size=(q.SubsetOpt, None, "vendor.subset_size"),
+        ignore_name=(q.IgnoreNameOpt, None, "vendor.ignore_name"),
+        ignore_type=(q.IgnoreTypeOpt, None, "vendor.ignore_type"),
+        ignore_pattern=(q.IgnorePatternOpt, None, "vendor.ignore_pattern"),
+        accuracy_control=(q.AccuracyControlOpt, False, "vendor.accuracy_control"),
+        max_drop=(q.MaxLossOpt, None, "vendor.max_drop"),
+        pot_config=(q.PotConfigOpt, None, "vendor.pot_config"),
+        validation_data=(q.ValidationOpt, None),
     ),
-    Shared("target", o.TargetOpt, ["ort-x86-vnni"], "targets"),
+    Shared("target", q.TargetOpt, ["ort-x86-vnni"], "targets"),
 )
 """What is built, and how. Words of `vendor` go to the section of the chosen quantizer, see :func:`zsq_deploy.cli.words.vendor_words`."""
 
 EVALUATION = (
-    *_shared("verification", eval_data=(o.EvalOpt, None), limit=(o.LimitOpt, None), resize=(o.ResizeOpt, False)),
+    *_shared("verification", eval_data=(v.EvalOpt, None), limit=(v.LimitOpt, None), resize=(v.ResizeOpt, False)),
     *_shared(
         "verification.gates",
-        min_agreement=(o.MinAgreementOpt, None),
-        min_float_agreement=(o.MinFloatAgreementOpt, None),
-        max_accuracy_drop=(o.MaxDropOpt, None),
-        min_speedup=(o.MinSpeedupOpt, None),
-        min_within_2_lsb=(o.MinLsbOpt, None),
-        min_integer_macs=(o.MinMacsOpt, None),
-        min_integer_equal=(o.MinEqualOpt, None),
-        max_latency_ms=(o.MaxLatencyOpt, None),
+        min_agreement=(v.MinAgreementOpt, None),
+        min_float_agreement=(v.MinFloatAgreementOpt, None),
+        max_accuracy_drop=(v.MaxDropOpt, None),
+        min_speedup=(v.MinSpeedupOpt, None),
+        min_within_2_lsb=(v.MinLsbOpt, None),
+        min_integer_macs=(v.MinMacsOpt, None),
+        min_integer_equal=(v.MinEqualOpt, None),
+        max_latency_ms=(v.MaxLatencyOpt, None),
     ),
 )
 """What an engine is judged on."""
