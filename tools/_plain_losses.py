@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+Answer = tuple[Tensor, Tensor]
+"""What the student's last weights read [N, F], and the teacher's minus its class scores [N, C]."""
+
+
 @dataclass(frozen=True)
 class Given:
     """What a loss is computed from.
@@ -30,6 +34,9 @@ class Given:
         memory: What earlier batches left.
         slack: What each layer is forgiven, for DSG.
         options: The method's parameters.
+        centre: Mean and variance of the calibration centre at each layer, for TexQ and SynQ.
+        neighbours: For SADAG, from an answer to what student and teacher make of the neighbours; see :func:`sadag`.
+        answer: What they make of the images.
     """
 
     norms: Sequence[nn.BatchNorm2d]
@@ -43,6 +50,9 @@ class Given:
     memory: Mapping[str, Tensor]
     slack: Tensor | None
     options: Mapping[str, Any]
+    centre: Sequence[tuple[Tensor, Tensor]] = ()
+    neighbours: Callable[[Answer], Answer] | None = None
+    answer: Callable[[Tensor, Tensor], Answer] | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -158,22 +168,103 @@ def hast(given: Given) -> Tensor:
     return _squares(given) + given.options["label_weight"] * focused.mean()
 
 
-def deepinversion(given: Given) -> Tensor:
-    """Yin et al., CVPR 2020."""
+def _plain_norms(given: Given) -> Tensor:
+    """Plain norms of both gaps, summed over layers, the first ten times."""
     matched = torch.zeros(())
     for layer, (mean, var, stored_mean, stored_var, _) in enumerate(_batch_moments(given)):
         unit = stored_var.mean() if given.options["relative"] else torch.ones(())
         gap = (mean - stored_mean).norm() / unit.sqrt() + (var - stored_var).norm() / unit
         matched = matched + (10 if layer == 0 else 1) * gap
-    x = given.seen
+    return matched
+
+
+def _variation(x: Tensor) -> Tensor:
+    """Plain norms of the differences to four neighbours."""
     steps = (x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1])
     across = (x[..., 1:, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, 1:])
-    smooth = torch.stack([d.norm() for d in (*steps, *across)]).sum()
-    size = x.flatten(1).norm(dim=1).mean()
+    return torch.stack([d.norm() for d in (*steps, *across)]).sum()
+
+
+def deepinversion(given: Given) -> Tensor:
+    """Yin et al., CVPR 2020."""
+    size = given.seen.flatten(1).norm(dim=1).mean()
     weights = [given.options[f"{name}_weight"] for name in ("bn", "label", "smooth", "size")]
-    return sum(
-        (w * p for w, p in zip(weights, (matched, given.entropy.mean(), smooth, size), strict=True)), x.new_zeros(())
-    )
+    parts = (_plain_norms(given), given.entropy.mean(), _variation(given.seen), size)
+    return sum((w * p for w, p in zip(weights, parts, strict=True)), given.seen.new_zeros(()))
+
+
+def _whole(given: Given, *, relative: bool) -> Tensor:
+    """Means and standard deviations over all images, what the network is given being one more layer of mean 0 and deviation 1."""
+    channels = given.seen.shape[1]
+    wanted = [(torch.zeros(channels), torch.ones(channels)), *(_running(norm) for norm in given.norms)]
+    parts = []
+    for z, (mean, var) in zip((given.seen, *given.entered), wanted, strict=True):
+        unit = var.mean().sqrt() if relative else torch.ones(())
+        a = (z.mean((0, 2, 3)) - mean) / unit
+        b = ((z.var((0, 2, 3), unbiased=False) + 1e-6).sqrt() - (var + 1e-6).sqrt()) / unit
+        parts.append((a.square().sum() + b.square().sum()) / len(mean))
+    return torch.stack(parts).mean()
+
+
+def fast(given: Given) -> Tensor:
+    """This project's preset."""
+    return _whole(given, relative=True)
+
+
+def dgh(given: Given) -> Tensor:
+    """Dikstein et al., WACV 2025, over all images at once."""
+    decided = (given.scores.amax(1) - given.scores.amin(1)).mean()
+    return _whole(given, relative=False) - given.options["output_weight"] * decided
+
+
+def mixmix(given: Given) -> Tensor:
+    """Li et al., ICCV 2021, with one network."""
+    assert given.soft is not None
+    known = given.options["bn_weight"] * _plain_norms(given)
+    named = given.options["label_weight"] * F.cross_entropy(given.scores, given.soft)
+    size = given.seen.flatten(1).norm(dim=1).mean()
+    return known + named + given.options["smooth_weight"] * _variation(given.seen) + given.options["size_weight"] * size
+
+
+def _to_centre(given: Given) -> Tensor:
+    """Mean squares of both gaps to the centre in the deeper half, over the number of all layers."""
+    layers = len(given.norms)
+    parts = [
+        F.mse_loss(moments[0], a) + F.mse_loss(moments[1], b)
+        for layer, (moments, (a, b)) in enumerate(zip(_batch_moments(given), given.centre, strict=True))
+        if layer >= layers // 2
+    ]
+    return torch.stack(parts).sum() / layers
+
+
+def texq(given: Given) -> Tensor:
+    """Chen et al., NeurIPS 2023: what its generator is trained with."""
+    weights = given.options
+    total = weights["bn_weight"] * _squares(given) + weights["label_weight"] * given.entropy.mean()
+    return total + weights["centre_weight"] * _to_centre(given)
+
+
+def synq(given: Given) -> Tensor:
+    """Kim et al., ICLR 2025: what its images are made with."""
+    weights = given.options
+    focused = (1 - given.own).pow(weights["focus"]) * given.entropy
+    total = weights["bn_weight"] * _squares(given) + weights["label_weight"] * focused.mean()
+    return total + weights["centre_weight"] * _to_centre(given) / len(given.images)
+
+
+def sadag(given: Given) -> Tensor:
+    """Dung et al., ICML 2024: what its images are refined with."""
+    assert given.answer is not None
+    assert given.neighbours is not None
+    known = genie(given)
+    here = given.answer(given.images, given.scores)
+    there = given.neighbours(here)
+    alike = F.cosine_similarity(here[0], there[0]) * F.cosine_similarity(here[1], there[1])
+    f, r = F.normalize(here[0], dim=1), F.normalize(here[1], dim=1)
+    agreement = ((f @ f.detach().T) * (r @ r.detach().T)).abs()
+    closest = agreement.masked_fill(torch.eye(len(f), dtype=torch.bool), 0).amax(1)
+    total = known + given.options["match_weight"] * (1 - alike.mean())
+    return total + given.options["diversity_weight"] * closest.mean()
 
 
 LOSSES: Mapping[str, Callable[[Given], Tensor]] = {
@@ -184,25 +275,26 @@ LOSSES: Mapping[str, Callable[[Given], Tensor]] = {
     "intraq": intraq,
     "hast": hast,
     "deepinversion": deepinversion,
+    "fast": fast,
+    "dgh": dgh,
+    "mixmix": mixmix,
+    "texq": texq,
+    "synq": synq,
+    "sadag": sadag,
 }
 
 
-def augmented(images: Tensor, plans: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def augmented(images: Tensor, plans: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]) -> Tensor:
     """The images changed as the choices of a step say: the batch where all are changed alike, else image by image."""
     for plan in plans:
-        if "box" in plan:
-            if not bool(plan["cropped"].any()):
-                continue
-            size, made = images.shape[2:], []
-            for image, (top, left, tall, wide), mirrored in zip(
-                images, plan["box"].tolist(), plan["mirror"], strict=True
-            ):
-                part = image[None, :, top : top + tall, left : left + wide]
-                part = F.interpolate(part, size, mode="bilinear", align_corners=False)
-                made.append(part.flip(3) if bool(mirrored) else part)
-            images = torch.cat(made)
+        if "partner" in plan:
+            images = _pasted(images, plan)
+        elif "box" in plan:
+            images = _cropped(images, plan)
         elif "shift" in plan:
             images = torch.roll(images, plan["shift"][0].tolist(), (2, 3))
+        elif "window" in plan:
+            images = _window(images, plan, options["smoothing"])
         elif "mirror" in plan:
             mirror = plan["mirror"]
             if bool(mirror.all()) or not bool(mirror.any()):
@@ -210,3 +302,38 @@ def augmented(images: Tensor, plans: Sequence[Mapping[str, Tensor]]) -> Tensor:
             else:
                 images = torch.stack([x.flip(2) if bool(m) else x for x, m in zip(images, mirror, strict=True)])
     return images
+
+
+def _cropped(images: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
+    """A box of each image, enlarged, and mirrored where asked."""
+    if not bool(plan["cropped"].any()):
+        return images
+    made = []
+    for image, (top, left, tall, wide), mirrored in zip(images, plan["box"].tolist(), plan["mirror"], strict=True):
+        part = image[None, :, top : top + tall, left : left + wide]
+        part = F.interpolate(part, images.shape[2:], mode="bilinear", align_corners=False)
+        made.append(part.flip(3) if bool(mirrored) else part)
+    return torch.cat(made)
+
+
+def _pasted(images: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
+    """Each image's partner, made smaller, in a box of it."""
+    if not bool((plan["area"] > 0).any()):
+        return images
+    made = []
+    for image, partner, (top, left, tall, wide) in zip(images, plan["partner"], plan["box"].tolist(), strict=True):
+        small = F.interpolate(images[partner][None], (tall, wide), mode="bilinear", align_corners=False)
+        image = image.clone()
+        image[:, top : top + tall, left : left + wide] = small[0]
+        made.append(image)
+    return torch.stack(made)
+
+
+def _window(images: Tensor, plan: Mapping[str, Tensor], sigma: float) -> Tensor:
+    """A window of the smoothed images, the same for all."""
+    line = torch.exp(-0.5 * (torch.arange(-1.0, 2.0) / sigma) ** 2)
+    kernel = torch.outer(line, line) / line.sum() ** 2
+    channels = images.shape[1]
+    smooth = F.conv2d(images, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
+    top, left, tall, wide = plan["window"][0].tolist()
+    return smooth[:, :, top : top + tall, left : left + wide]

@@ -391,7 +391,7 @@ class BatchRun:
     def _random(self, purpose: str) -> torch.Generator:
         return batch_generator(self.seed, f"{self.stage}{purpose}", self.index)
 
-    def _scene(self) -> Scene:
+    def scene(self) -> Scene:
         """The choices of the step that comes."""
         recipe = self.objective.recipe
         plans = [augment.draw(self.shape, self._augment, self.step, recipe.steps) for augment in recipe.augment]
@@ -418,7 +418,7 @@ class BatchRun:
             optimiser.zero_grad(set_to_none=True)
         if isinstance(self.parametrisation, Renewing):
             self.parametrisation.renew()
-        images, scene = self.parametrisation.images(), self._scene()
+        images, scene = self.parametrisation.images(), self.scene()
         if self._table is not None and not self._table.filled:
             self.objective.survey(images, scene)
         values = self.objective.backward(images, scene)

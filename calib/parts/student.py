@@ -25,7 +25,7 @@ from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.search import search
 from zsq_deploy.quant.statistics import collect
 
-__all__ = ["STUDENT", "Student", "quantized_student"]
+__all__ = ["STUDENT", "Student", "last_product", "quantized_student"]
 
 #: Name under which the student's graph is prepared: its ONNX bytes, uint8.
 STUDENT = "student"
@@ -49,7 +49,7 @@ def quantized_student(weights: int, activations: int) -> Callable[[Preparation],
         scheme = Scheme(activations, signed=False, symmetric=False)
         eight = Scheme(8, signed=False, symmetric=False)
         fine = {context.spec.name}
-        last = _last_product(graph)
+        last = last_product(graph)
         if last is not None:
             fine.add(last.input[0])
         ranges = {
@@ -70,7 +70,7 @@ def quantized_student(weights: int, activations: int) -> Callable[[Preparation],
     return prepare
 
 
-def _last_product(graph: Graph) -> onnx.NodeProto | None:
+def last_product(graph: Graph) -> onnx.NodeProto | None:
     """The product that makes the class scores, or the last one on the way to them."""
     labels = find_labels(graph, graph.outputs)
     node = None if labels is None else graph.producer(labels.value)
@@ -102,7 +102,7 @@ class Student:
     def __init__(self, context: Context) -> None:
         assert context.labels is not None
         graph = Graph(onnx.load_from_string(context.prepared[STUDENT].cpu().numpy().tobytes()))
-        labels, last = find_labels(graph, graph.outputs), _last_product(graph)
+        labels, last = find_labels(graph, graph.outputs), last_product(graph)
         if labels is None or last is None:
             raise CalibrationError(
                 f"no Conv, Gemm or MatMul was found on the way to the class scores {context.labels.value!r}, so there is no last layer whose "
