@@ -34,7 +34,8 @@ from zsq_deploy.model.graph import Graph
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.histogram import Histogram
 from zsq_deploy.quant.ranges import Ranges
-from zsq_deploy.quant.statistics import Statistics, collect, micro_batches
+from zsq_deploy.quant.statistics import collect, micro_batches
+from zsq_deploy.quant.statistics_values import Statistics
 
 __all__ = [
     "BINS",

@@ -24,7 +24,8 @@ import torch
 
 from zsq_deploy.model import Model
 from zsq_deploy.progress import SILENT, Progress
-from zsq_deploy.quant.statistics import Moments, collect
+from zsq_deploy.quant.statistics import collect
+from zsq_deploy.quant.statistics_values import Moments
 
 __all__ = ["BatchNormDistance", "LayerDistance", "batch_norm_distance"]
 

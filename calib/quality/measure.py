@@ -20,7 +20,8 @@ from zsq_deploy.calib.quality.real import RangeError, range_error
 from zsq_deploy.model import Model
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.ranges import Ranges
-from zsq_deploy.quant.statistics import Statistics, collect
+from zsq_deploy.quant.statistics import collect
+from zsq_deploy.quant.statistics_values import Statistics
 
 __all__ = ["PICTURES", "Quality", "float_runner", "lines", "measure_quality", "pictures", "split"]
 

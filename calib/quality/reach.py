@@ -24,7 +24,7 @@ from zsq_deploy.model import Model
 from zsq_deploy.quant.analytic import Channels, propagate_model
 from zsq_deploy.quant.coverage import coverage
 from zsq_deploy.quant.histogram import Histogram
-from zsq_deploy.quant.statistics import Statistics
+from zsq_deploy.quant.statistics_values import Statistics
 
 __all__ = ["FLOOR", "SIGMAS", "Reach", "TensorReach", "measure_reach", "outside"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zsq_deploy.calib.quality.reach import outside
-from zsq_deploy.quant.statistics import Statistics
+from zsq_deploy.quant.statistics_values import Statistics
 
 __all__ = ["RangeError", "TensorError", "range_error"]
 

@@ -18,7 +18,8 @@ from zsq_deploy.model.graph import Graph
 from zsq_deploy.model.twin import Twin
 from zsq_deploy.quant import Granularity, PlacementRules, Scheme, collect, insert_qdq, read_qdq
 from zsq_deploy.quant.regions import read_regions
-from zsq_deploy.quant.settle import INVERTIBLE, Settled, settle, trailing_step
+from zsq_deploy.quant.settle import INVERTIBLE, Settled, settle
+from zsq_deploy.quant.settled_sums import trailing_step
 
 from .nets import Builder, images, small_net
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from zsq_deploy.quant.qdq import PlacementRules, insert_qdq
     from zsq_deploy.quant.ranges import Ranges
     from zsq_deploy.quant.reader import QuantizedTensor, dequantized_weight, read_qdq
-    from zsq_deploy.quant.statistics import Statistics, collect
+    from zsq_deploy.quant.statistics import collect
+    from zsq_deploy.quant.statistics_values import Statistics
 
 _HOME = {
     "analytic": ("analytic_ranges", "propagate_model"),
@@ -30,7 +31,8 @@ _HOME = {
     "qdq": ("PlacementRules", "insert_qdq"),
     "ranges": ("Ranges",),
     "reader": ("QuantizedTensor", "dequantized_weight", "read_qdq"),
-    "statistics": ("Statistics", "collect"),
+    "statistics": ("collect",),
+    "statistics_values": ("Statistics",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -11,13 +11,15 @@ is quantized already, by whomever, keeps what is rounded where, and changes numb
   is added to it. No sum is on or near a rounding boundary then, whatever the order of operations (a tie needs a multiple of a half
   code, and all sums are odd multiples of half a grid step). Where the grid is so fine that half a step would be within the noise of
   float32, the bias becomes a multiple of the grid instead: every step of float32 arithmetic is exact then.
+
+How fine grids have to be is computed in :mod:`zsq_deploy.quant.settled_sums`; here the grids of activations are chosen and all is written.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,43 +29,29 @@ from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.exact_scales import Groups, snap_scale
 from zsq_deploy.quant.reader import QuantizedTensor, dequantized_weight
-from zsq_deploy.quant.regions import Layer, Regions, Term, axis_form, read_regions
+from zsq_deploy.quant.regions import Layer, Regions, axis_form, read_regions
 from zsq_deploy.quant.scheme import Scheme
+from zsq_deploy.quant.settled_sums import (
+    TIE_FREE_BITS,
+    Grid,
+    Need,
+    bits_of,
+    may_tie,
+    needs_of,
+    odd_part,
+    settled_bias,
+    trailing_step,
+    weight_scale,
+)
 from zsq_deploy.quant.significands import ACTIVATION_SIGNIFICANDS
 
-__all__ = ["Settled", "settle", "trailing_step"]
+__all__ = ["INVERTIBLE", "Settled", "settle"]
 
 Array = npt.NDArray[Any]
-
-TIE_FREE_BITS = 13
-"""Sums are below 2**8 codes, so float32 resolves 2**-16; a few roundings stay below half a grid step of 2**-14."""
-
-EXACT_BITS = 16
-"""Sums below 2**8 codes that are multiples of 2**-16 are exact in float32. In real numbers they are longer, by the odd part of the
-significand of the output's scale."""
-
-LADDER = (
-    (True, 1.03),
-    (False, 1.03),
-    (True, 1.13),
-    (False, 1.13),
-    (True, 1.3),
-    (False, 1.3),
-    (True, 2.0),
-    (False, 2.0),
-)
-"""What is tried for a weight scale, one after the other: whether the grid shall allow a bias without ties (or only exact sums), and the
-factor by which the scale may grow for that. Only channels with a multiplier below 2**-11 come near the last ones."""
-
-NOISE = 0.08
-"""It may grow by more where that adds an error to the layer's output whose standard deviation is below this share of a code."""
 
 INVERTIBLE = (4, 5, 6)
 """Significands ``a`` for which ``x * float32(1 / (a * 2**i))`` is exact wherever ``x / (a * 2**i)`` has at most 24 bits. The reciprocal of 7
 is off by 0.75 of half a unit in the last place, those of 5 and 6 by a quarter and a third: too little to move a product."""
-
-_CODE_RMS = 48.0
-"""Root mean square of activation codes (without their zero point), for that estimate."""
 
 
 @dataclass(frozen=True)
@@ -81,62 +69,6 @@ class Settled:
     coarser: float = 1.0
     inexact: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def trailing_step(value: float) -> int:
-    """The largest n so that `value` is a multiple of ``2**n`` (0 for 0)."""
-    if value == 0 or not math.isfinite(value):
-        return 0
-    fraction, exponent = math.frexp(abs(value))
-    odd = int(fraction * 2**53)
-    return exponent - 53 + ((odd & -odd).bit_length() - 1)
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """New scale and zero point of a site."""
-
-    scale: float
-    zero: int
-    significand: int
-
-
-@dataclass
-class _Need:
-    """What the sites behind a layer ask of it.
-
-    Attributes:
-        output: Scale of the finest site behind it.
-        significand: Of that scale.
-        low: Smallest number that a site behind it can represent.
-        high: Largest number.
-        step: Step (log2) of what is added to its products.
-        added: Largest magnitude of what is added to them.
-        half: It is the one layer of each sum that moves to the half grid.
-        doubtful: The sum is averaged or has parts without a grid.
-    """
-
-    output: float
-    significand: int
-    low: float
-    high: float
-    step: float = math.inf
-    added: float = 0.0
-    half: bool = True
-    doubtful: bool = False
-
-
-@dataclass(frozen=True)
-class _Bits:
-    """How fine a grid may be, in bits behind the point of the output's code.
-
-    Attributes:
-        tie_free: Half a step is above the noise of float32.
-        exact: float32 holds all multiples that occur.
-    """
-
-    tie_free: int
-    exact: int
 
 
 def settle(
@@ -167,40 +99,20 @@ def settle(
     for name, grid in grids.items():
         _write_site(net, nodes, regions.sites[name], grid)
     inexact: dict[str, int] = {}
-    needs = _needs(regions, grids)
+    needs = needs_of(regions, grids)
     for layer in regions.layers.values():
         doubtful = _settle_layer(net, nodes, qdq, layer, grids, needs.get(layer.node), weight, float_weights or {})
         if doubtful:
             inexact[layer.node] = doubtful
     for site, alternatives in regions.behind.items():
-        if any(_may_tie(term, site, grids) for terms in alternatives for term in terms):
+        if any(may_tie(term, site, grids) for terms in alternatives for term in terms):
             inexact[site] = 1
     net.touch()
     net.sweep()
     return Settled(Graph(net.proto()), float(np.exp(np.mean(growth))) if growth else 1.0, inexact, regions.left)
 
 
-def _uneven(divisor: int) -> bool:
-    """Whether division by it leaves the grid."""
-    return divisor & (divisor - 1) != 0
-
-
-def _may_tie(term: Term, site: str, grids: Mapping[str, _Grid]) -> bool:
-    """Whether codes behind a summand may depend on the order of operations."""
-    if (term.divisor == 0 and not term.site) or term.sloped:
-        return True
-    if not _uneven(term.divisor):
-        return False
-    if not term.site or not term.divisor:
-        return True
-    # A sum S of codes gives S * ratio / n codes; a tie is 2 S ratio = n (2 m + 1), which more factors 2 on the left rule out.
-    return trailing_step(grids[term.site].scale / grids[site].scale) + 1 <= trailing_step(term.divisor)
-
-
-# -- activations --
-
-
-def _choose_grids(regions: Regions, activation: Scheme) -> dict[str, _Grid]:
+def _choose_grids(regions: Regions, activation: Scheme) -> dict[str, Grid]:
     groups = Groups()
     by_layer: dict[str, str] = {}
     for site, alternatives in regions.behind.items():
@@ -216,7 +128,7 @@ def _choose_grids(regions: Regions, activation: Scheme) -> dict[str, _Grid]:
     members: dict[str, list[str]] = {}
     for site in regions.sites:
         members.setdefault(groups.find(site), []).append(site)
-    grids: dict[str, _Grid] = {}
+    grids: dict[str, Grid] = {}
     multipliers = _multipliers(regions)
     for sites in members.values():
         grids.update(_best_grids(regions, sites, ACTIVATION_SIGNIFICANDS, activation, multipliers))
@@ -248,19 +160,19 @@ def _best_grids(
     significands: Iterable[int],
     activation: Scheme,
     multipliers: Mapping[str, Sequence[npt.NDArray[np.float64]]],
-) -> dict[str, _Grid]:
-    best: tuple[float, dict[str, _Grid]] | None = None
+) -> dict[str, Grid]:
+    best: tuple[float, dict[str, Grid]] | None = None
     for significand in significands:
         cost, found = 0.0, {}
         for site in sites:
             tensor = regions.sites[site]
             old = float(tensor.scale)
             scale = snap_scale(old, [significand])
-            found[site] = _Grid(scale, _zero_point(tensor, scale, activation), significand)
+            found[site] = Grid(scale, _zero_point(tensor, scale, activation), significand)
             cost += abs(math.log(scale / old))
             for product in multipliers.get(site, ()):
                 # Multipliers become multiples of the significand's odd part, whose step must not be too fine.
-                units = product / (_odd(significand) * 2.0**-TIE_FREE_BITS)
+                units = product / (odd_part(significand) * 2.0**-TIE_FREE_BITS)
                 cost += float(np.log(np.ceil(units) / units).mean()) if units.size else 0.0
         if best is None or cost < best[0]:
             best = (cost, found)
@@ -268,10 +180,10 @@ def _best_grids(
     return best[1]
 
 
-def _wants_inverse(regions: Regions, grids: Mapping[str, _Grid]) -> set[str]:
+def _wants_inverse(regions: Regions, grids: Mapping[str, Grid]) -> set[str]:
     """Sites where ties can happen, although their significand has no exact reciprocal."""
     found: set[str] = set()
-    needs = _needs(regions, grids)
+    needs = needs_of(regions, grids)
     for site, alternatives in regions.behind.items():
         if grids[site].significand in INVERTIBLE:
             continue
@@ -283,9 +195,9 @@ def _wants_inverse(regions: Regions, grids: Mapping[str, _Grid]) -> set[str]:
                     found.add(site)
             for layer in layers:
                 need, x = needs[layer.node], grids[layer.site].scale
-                bits = _bits(layer, need)
+                bits = bits_of(layer, need)
                 old = np.asarray(layer.weight.scale, np.float64).reshape(-1)
-                scales = (_weight_scale(float(s), need, x, layer.taps, k) for s, k in zip(old, bits, strict=True))
+                scales = (weight_scale(float(s), need, x, layer.taps, k) for s, k in zip(old, bits, strict=True))
                 steps = (
                     min(trailing_step(x * s / need.output), need.step - trailing_step(need.output)) for s in scales
                 )
@@ -311,7 +223,7 @@ def _zero_point(tensor: QuantizedTensor, scale: float, activation: Scheme) -> in
     return min(candidates, key=loss)
 
 
-def _write_site(net: Net, nodes: Mapping[str, Any], tensor: QuantizedTensor, grid: _Grid) -> None:
+def _write_site(net: Net, nodes: Mapping[str, Any], tensor: QuantizedTensor, grid: Grid) -> None:
     users = [nodes[str(tensor.quantize)], *(nodes[name] for name in tensor.dequantize)]
     first = users[0]
     zero = np.asarray(grid.zero, tensor.dtype)
@@ -334,55 +246,13 @@ def _put(net: Net, name: str, value: Array, users: Iterable[Any]) -> str:
     return net.add_constant(name, value, exact=own and net.constant(name) is not None)
 
 
-# -- layers --
-
-
-def _needs(regions: Regions, grids: Mapping[str, _Grid]) -> dict[str, _Need]:
-    """For every layer: what the sites behind it ask of it."""
-    needs: dict[str, _Need] = {}
-    for site, alternatives in regions.behind.items():
-        grid, (lowest, highest) = grids[site], regions.sites[site].limits
-        low, high = ((limit - grid.zero) * grid.scale for limit in (lowest, highest))
-        for terms in alternatives:
-            layers = [term for term in terms if term.layer]
-            new = _Need(grid.scale, grid.significand, low, high, added=(len(layers) - 1) * (high - low))
-            for term in terms:
-                if term.site and term.divisor and not _uneven(term.divisor):
-                    other = grids[term.site]
-                    new.step = min(new.step, trailing_step(other.scale / term.divisor))
-                    largest = max(abs(limit - other.zero) for limit in regions.sites[term.site].limits)
-                    new.added += largest * other.scale / term.divisor
-                elif not term.layer or term.divisor != 1:
-                    new.doubtful = True
-            for index, term in enumerate(layers):
-                needs[term.layer] = _both(replace(new, half=index == 0), needs.get(term.layer))
-    return needs
-
-
-def _both(new: _Need, old: _Need | None) -> _Need:
-    """What satisfies two sites."""
-    if old is None:
-        return new
-    finest = min((old, new), key=lambda need: need.output)
-    return _Need(
-        output=finest.output,
-        significand=finest.significand,
-        low=min(old.low, new.low),
-        high=max(old.high, new.high),
-        step=min(old.step, new.step),
-        added=max(old.added, new.added),
-        half=old.half and new.half,
-        doubtful=old.doubtful or new.doubtful,
-    )
-
-
 def _settle_layer(
     net: Net,
     nodes: Mapping[str, Any],
     qdq: Graph,
     layer: Layer,
-    grids: Mapping[str, _Grid],
-    need: _Need | None,
+    grids: Mapping[str, Grid],
+    need: Need | None,
     weight: Scheme,
     float_weights: Mapping[str, Array],
 ) -> int:
@@ -392,102 +262,13 @@ def _settle_layer(
     scales, doubtful = old, 0
     bias = layer.bias
     if need is not None:
-        bits = _bits(layer, need)
-        scales = np.array([_weight_scale(float(s), need, x, layer.taps, k) for s, k in zip(old, bits, strict=True)])
-        bias, doubtful = _bias(layer, need, scales, x, bits)
+        bits = bits_of(layer, need)
+        scales = np.array([weight_scale(float(s), need, x, layer.taps, k) for s, k in zip(old, bits, strict=True)])
+        bias, doubtful = settled_bias(layer, need, scales, x, bits)
     _write_weight(net, nodes, qdq, layer, np.asarray(scales, np.float32), weight, float_weights)
     if bias is not None and layer.bias_at is not None:
         _write_bias(net, nodes, qdq, layer, bias)
     return doubtful
-
-
-def _bits(layer: Layer, need: _Need) -> list[_Bits]:
-    """For every weight scale: how fine the grid of its channels may be.
-
-    A large bias is made up for by sums of products that are as large, and float32 has to hold those as well.
-    """
-    bias = np.zeros(layer.channels) if layer.bias is None else layer.bias
-    largest = (np.maximum(np.abs(need.low - bias), np.abs(need.high - bias)) + need.added) / need.output
-    if layer.weight.scale.size != layer.channels:
-        largest = largest.max(keepdims=True)
-    return [
-        _Bits(
-            TIE_FREE_BITS - max(0, math.ceil(math.log2(float(size) / 340.0))),
-            EXACT_BITS - max(0, math.ceil(math.log2(float(size) * _odd(need.significand) / 256.0))),
-        )
-        for size in largest
-    ]
-
-
-def _odd(significand: int) -> int:
-    return significand // (significand & -significand)
-
-
-def _weight_scale(old: float, need: _Need, x: float, taps: int, bits: _Bits) -> float:
-    """The smallest scale at or above the old one whose multiplier is short enough, at a price that is small enough."""
-    y, a = need.output, need.significand
-    if not (old > 0 and math.isfinite(old)):
-        return old
-    # What no input can bring to a hundredth of a code may have any scale: all its weights become 0 at this one.
-    least = max(old, y / x * 2.0**-28)
-
-    def noise(scale: float) -> float:
-        # A weight is at most 127 old steps: rounding it to zero costs no more than that.
-        return min(scale / math.sqrt(12.0), 64.0 * old) * x / y * math.sqrt(taps) * _CODE_RMS
-
-    for tie_free, coarser in LADDER:
-        scale = _next_scale(least, a, x / y, -(bits.tie_free if tie_free else bits.exact))
-        if scale <= coarser * old or noise(scale) ** 2 - noise(old) ** 2 <= NOISE**2:
-            return scale
-    return _next_scale(least, a, x / y, -60)
-
-
-def _next_scale(least: float, significand: int, ratio: float, step: int) -> float:
-    """The smallest ``significand * b * 2**j`` (b below 128) that is at least `least`, times `ratio` a multiple of ``2**step``."""
-    exponent = math.floor(math.log2(least / significand)) - 6
-    while True:
-        unit = significand * 2.0**exponent  # `least` is 64 to 128 of these
-        if trailing_step(unit * ratio) >= step:
-            return math.ceil(least / unit) * unit
-        exponent += 1
-
-
-def _bias(
-    layer: Layer, need: _Need, scales: npt.NDArray[np.float64], x: float, bits: Sequence[_Bits]
-) -> tuple[npt.NDArray[np.float64] | None, int]:
-    """The bias on the half grid or on the grid, per channel, and how many channels are on neither."""
-    y = need.output
-    old = np.zeros(layer.channels) if layer.bias is None else layer.bias
-    spread = np.broadcast_to(scales, (layer.channels,)) if scales.size == 1 else scales
-    limits = list(bits) * layer.channels if len(bits) == 1 else bits
-    new = old.copy()
-    doubtful = 0
-    for channel in range(layer.channels):
-        # steps are measured in units of the output's scale, whose significand all of them share
-        products = trailing_step(x * float(spread[channel]) / y)
-        added = math.inf if need.step == math.inf else need.step - trailing_step(y)
-        step = min(products, added, -6.0)
-        allowed, certain = limits[channel], step >= -limits[channel].tie_free
-        if need.half and layer.bias_at is not None and (certain or step < -allowed.exact):
-            # Even where half a step is lost in noise, few sums are as near to a boundary as that.
-            unit = 2.0**step * y
-            new[channel] = (math.floor(old[channel] / unit) + 0.5) * unit
-            doubtful += need.doubtful or not certain
-        else:
-            product = x * float(spread[channel])
-            whole = step >= -allowed.exact and step == products and product < 2.0**-6 * y
-            new[channel] = _float32_multiple(old[channel], product if whole else 2.0 ** max(step, -allowed.exact) * y)
-            doubtful += need.doubtful or step < -allowed.exact
-    return new, int(doubtful)
-
-
-def _float32_multiple(value: float, unit: float) -> float:
-    """The multiple of `unit` next to a value that float32 can hold."""
-    while True:
-        multiple = float(np.rint(value / unit) * unit)
-        if not math.isfinite(multiple) or float(np.float32(multiple)) == multiple:
-            return multiple
-        unit *= 2
 
 
 def _write_weight(

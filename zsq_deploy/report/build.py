@@ -15,7 +15,8 @@ from typing import Any
 
 from zsq_deploy import __version__
 from zsq_deploy.artifact import digest_file
-from zsq_deploy.report.schema import SCHEMA_VERSION, AccuracyControl, Report, parse
+from zsq_deploy.report.engine_schema import AccuracyControl
+from zsq_deploy.report.schema import SCHEMA_VERSION, Report, parse
 from zsq_deploy.verify.accuracy import Evaluation
 from zsq_deploy.verify.divergence import Divergence, TensorDifference
 from zsq_deploy.verify.gates import GateResult, Gates, evaluate_gates

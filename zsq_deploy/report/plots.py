@@ -26,7 +26,8 @@ from zsq_deploy.report.drawing import (
     new_figure,
     svg_of,
 )
-from zsq_deploy.report.schema import AccuracySection, Histogram, LatencySection, LayerRange, TensorRow
+from zsq_deploy.report.parity_schema import AccuracySection, Histogram, TensorRow
+from zsq_deploy.report.schema import LatencySection, LayerRange
 
 __all__ = ["accuracy_bars", "growth", "latency_bars", "layer_sqnr", "lsb_histogram", "range_bars", "size_bars"]
 

@@ -22,35 +22,25 @@ from pydantic import Field
 
 from zsq_deploy.artifact import read_json, write_json
 from zsq_deploy.errors import StaleArtifactError, ZsqError
-from zsq_deploy.report.base import Amount, Count, Number, Share
-from zsq_deploy.report.base import Section as _Section
+from zsq_deploy.report.base import Amount, Count, Number, Section, Share
 from zsq_deploy.report.device_schema import DeviceSection
+from zsq_deploy.report.engine_schema import EngineSection, FileInfo, IntegerSection
+from zsq_deploy.report.parity_schema import AccuracySection, ParitySection, TensorRow
 from zsq_deploy.report.quality_schema import Recommendation, SetQuality
 
 __all__ = [
     "SCHEMA_VERSION",
-    "AccuracyControl",
-    "AccuracySection",
     "BaselineRow",
     "CalibrationSection",
-    "Candidate",
-    "DeviceSection",
-    "DivergenceSection",
-    "EngineSection",
     "EnvironmentSection",
     "EvaluationSection",
     "GateRow",
-    "Histogram",
-    "IntegerSection",
     "LatencyNumbers",
     "LatencySection",
     "LayerRange",
     "ModelSection",
-    "ParityNumbers",
-    "ParitySection",
     "Preview",
     "Report",
-    "ReturnedLayer",
     "TargetSection",
     "Verdict",
     "json_schema",
@@ -62,14 +52,14 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 
-class Tool(_Section):
+class Tool(Section):
     """What wrote the report."""
 
     name: str = Field("zsq-deploy", description="Name of the program.")
     version: str = Field(description="Its version.")
 
 
-class TensorInfo(_Section):
+class TensorInfo(Section):
     """One input or output of the network."""
 
     name: str = Field(description="Name in the graph.")
@@ -77,7 +67,7 @@ class TensorInfo(_Section):
     dtype: str = Field("float32", description="Element type.")
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The network that was deployed."""
 
     name: str = Field(description="Short name.")
@@ -93,7 +83,7 @@ class ModelSection(_Section):
     preprocess: dict[str, Any] = Field(default_factory=dict, description="Image to input: `mean`, `std`, `raw_pixels`.")
 
 
-class Preview(_Section):
+class Preview(Section):
     """A picture of calibration images."""
 
     data_uri: str | None = Field(
@@ -107,7 +97,7 @@ class Preview(_Section):
     caption: str = Field("", description="What is shown.")
 
 
-class LayerRange(_Section):
+class LayerRange(Section):
     """The range of one tensor, as found on the calibration set."""
 
     name: str = Field(description="Value name in the graph.")
@@ -119,7 +109,7 @@ class LayerRange(_Section):
     unexcited_channels: Count = Field(0, description="Channels whose activation never changed on the calibration set.")
 
 
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """The calibration set and the ranges found on it."""
 
     method: str = Field(description="Synthesis method, `zeroq`, `genie`, `gaussian`, ..., or `real`.")
@@ -143,7 +133,7 @@ class CalibrationSection(_Section):
     notes: list[str] = Field(default_factory=list, description="What a reader should know, one sentence each.")
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What the accuracy and parity figures were measured on."""
 
     kind: Literal["labelled", "unlabelled", "synthetic", "none"] = Field(
@@ -156,224 +146,7 @@ class EvaluationSection(_Section):
     note: str = Field("", description="A sentence for a reader.")
 
 
-class Candidate(_Section):
-    """One way to build the engine that was tried."""
-
-    name: str = Field(description="What it is, in a few words.")
-    chosen: bool = Field(False, description="This is the engine.")
-    median_ms: Amount | None = Field(None, description="Median latency when it was tried.")
-    sqnr_db: Number | None = Field(None, description="SQNR of its outputs against float on synthetic images.")
-    agreement: Share | None = Field(None, description="Agreement with float on synthetic images.")
-    macs_share: Share | None = Field(None, description="Share of multiply-accumulates in integer kernels.")
-    bytes: Count | None = Field(None, description="File size.")
-    reason: str = Field("", description="Why it was taken or left.")
-
-
-class FileInfo(_Section):
-    """A file beside the report."""
-
-    path: str = Field(description="Path, relative to the report.")
-    bytes: Count = Field(description="Size.")
-    sha256: str = Field("", description="Digest of its content.")
-
-
-class ReturnedLayer(_Section):
-    """A layer that accuracy control returned to float."""
-
-    node: str = Field(description="Its name in the network.")
-    reason: str = Field(description="Why.")
-
-
-class AccuracyControl(_Section):
-    """What accuracy control measured, and what it returned to float."""
-
-    metric: str = Field(description="What was measured, and on which images.")
-    samples: Count | None = Field(None, description="Number of samples or batches.")
-    max_drop: Amount | None = Field(None, description="Largest drop that was allowed.")
-    drop_type: str = Field("absolute", description="How the drop counts: `absolute` or `relative`.")
-    float_: Number | None = Field(None, alias="float", description="The metric of the float network.")
-    quantized: Number | None = Field(None, description="The metric with everything quantized.")
-    final: Number | None = Field(None, description="The metric in the end.")
-    reached: bool | None = Field(None, description="The allowed drop is kept.")
-    returned_to_float: list[ReturnedLayer] = Field(default_factory=list, description="Layers that went back to float.")
-
-
-class EngineSection(FileInfo):
-    """The engine file and how it was made."""
-
-    path: str = Field(description="The file that the runtime loads, relative to the report.")
-    bytes: Count = Field(description="Size of what is shipped: the file, and its weights where they are kept apart.")
-    quantizer: str = Field("", description="Who quantized: `onnxruntime`, `qdq` (our Q/DQ graph), `nncf`, `pot`.")
-    weights: FileInfo | None = Field(None, description="The file of the weights, where the runtime keeps them apart.")
-    vendor: FileInfo | None = Field(
-        None, description="The engine as the vendor's quantizer wrote it, kept beside ours."
-    )
-    accuracy_control: AccuracyControl | None = Field(
-        None, description="Accuracy control, where a quantizer was asked for it."
-    )
-    qdq_path: str | None = Field(None, description="The Q/DQ graph that says what the engine computes.")
-    choices: dict[str, Any] = Field(
-        default_factory=dict,
-        description="How it was built: quantized operators, exclusions, range method, bias correction.",
-    )
-    candidates: list[Candidate] = Field(default_factory=list, description="What was tried, the engine included.")
-    seconds: Amount | None = Field(None, description="Seconds that building took.")
-
-
-class Kernel(_Section):
-    """All executed nodes of one kernel."""
-
-    op: str = Field(description="Kernel name, as the runtime gives it.")
-    integer: bool = Field(description="Its arithmetic is integer.")
-    nodes: Count = Field(description="How many nodes were executed.")
-    macs: Count = Field(description="Their multiply-accumulates at batch 1.")
-    microseconds: Amount = Field(description="Their time together.")
-
-
-class Island(_Section):
-    """A node that ran in float arithmetic."""
-
-    node: str = Field(description="The runtime's node name.")
-    op: str = Field(description="Kernel name.")
-    macs: Count = Field(description="Multiply-accumulates at batch 1.")
-    microseconds: Amount = Field(description="Mean time of one execution.")
-    reason: str = Field(description="Why it is not an integer kernel.")
-    sources: list[str] = Field(default_factory=list, description="Nodes of the engine's graph that it stands for.")
-
-
-class IntegerSection(_Section):
-    """The share of the work that ran in integer kernels, from what the runtime executed."""
-
-    macs_share: Share | None = Field(None, description="Share of multiply-accumulates in integer kernels.")
-    time_share: Share | None = Field(None, description="Share of kernel time in integer kernels.")
-    macs: Count | None = Field(None, description="Multiply-accumulates of one inference at batch 1.")
-    integer_macs: Count | None = Field(None, description="Those in integer kernels.")
-    microseconds: Amount | None = Field(None, description="Time of all kernels of one inference.")
-    kernels: list[Kernel] = Field(default_factory=list, description="The work by kernel, longest time first.")
-    float_islands: list[Island] = Field(default_factory=list, description="Nodes that ran in float, and why.")
-    source: str = Field("", description="Where this is known from (the runtime's profile).")
-
-
-class Histogram(_Section):
-    """Signed differences, engine minus reference, in whole LSB."""
-
-    lsb: list[int] = Field(description="Bin centres; bin 0 holds differences of at most half a step.")
-    counts: list[Count] = Field(description="Output elements in each bin.")
-    below: Count = Field(0, description="Elements below the first bin, or not comparable (NaN on one side).")
-    above: Count = Field(0, description="Elements above the last bin.")
-
-
-class ParityNumbers(_Section):
-    """The engine's outputs against those of one reference.
-
-    One LSB is the output's quantization step: its scale where it is quantized, its calibrated range / 255 where it is float.
-    """
-
-    images: Count | None = Field(None, description="Number of samples compared.")
-    elements: Count | None = Field(None, description="Number of output elements compared.")
-    step: Number | None = Field(
-        None, description="One LSB in the output's unit; `null` in a summary of several outputs."
-    )
-    equal_share: Share | None = Field(None, description="Share of elements that are equal bit for bit.")
-    within_half_lsb: Share | None = Field(None, description="Share of elements within half an LSB.")
-    within_1_lsb: Share | None = Field(None, description="Share of elements within 1 LSB.")
-    within_2_lsb: Share | None = Field(None, description="Share of elements within 2 LSB.")
-    max_lsb: Amount | None = Field(None, description="Largest difference in LSB.")
-    mean_lsb: Amount | None = Field(None, description="Mean absolute difference in LSB.")
-    sqnr_db: Number | None = Field(
-        None, description="Signal to quantization noise ratio; 320 where nothing differs; the worst of several outputs."
-    )
-    cosine: Number | None = Field(None, description="Cosine similarity; the worst of several outputs.")
-    non_finite: Count | None = Field(None, description="Elements that are NaN or infinite on one side only.")
-    histogram: Histogram | None = Field(None, description="Signed differences in LSB.")
-    top1_agreement: Share | None = Field(
-        None, description="Share of samples with the same largest class, ties held against the engine."
-    )
-    top1_agreement_but_ties: Share | None = Field(None, description="The same, ties not held against the engine.")
-    near_ties: Count | None = Field(None, description="Samples whose two largest reference scores are within 1 LSB.")
-    tie_disagreements: Count | None = Field(
-        None, description="Samples with another class that is within 1 LSB of the largest in the reference."
-    )
-    disagreements: Count | None = Field(None, description="Samples with another class that is no such tie.")
-    outputs: dict[str, ParityNumbers] = Field(default_factory=dict, description="Each output by name, same keys.")
-
-
-class TensorRow(_Section):
-    """One tensor compared in two executions."""
-
-    name: str = Field(description="Value name in the graph.")
-    index: Count = Field(0, description="Place in topological order, from 0.")
-    elements: Count | None = Field(None, description="Compared numbers.")
-    samples_differing: Count | None = Field(None, description="Samples with at least one differing element.")
-    differing_share: Share | None = Field(None, description="Share of elements whose codes differ.")
-    max_lsb: Amount | None = Field(None, description="Largest difference in the tensor's own steps.")
-    mean_lsb: Amount | None = Field(None, description="Mean absolute difference in the tensor's own steps.")
-    max_abs: Amount | None = Field(None, description="Largest difference in the tensor's unit.")
-    sqnr_db: Number | None = Field(None, description="Signal to noise ratio; 320 where nothing differs.")
-
-
-class Flip(_Section):
-    """One sample followed from its first differing tensor to the output."""
-
-    sample: Count = Field(description="Number of the sample.")
-    start: str = Field(description="Where it first differs.")
-    names: list[str] = Field(description="Tensors from there on.")
-    differing: list[Count] = Field(description="Differing elements in each.")
-    elements: list[Count] = Field(description="Elements of each.")
-    max_lsb: list[Number | None] = Field(default_factory=list, description="Largest difference in each, in its steps.")
-
-
-class DivergenceSection(_Section):
-    """Where the engine and a reference part, tensor by tensor."""
-
-    against: str = Field("reference", description="Which reference: `reference`, `integer` or `unfused`.")
-    images: Count | None = Field(None, description="Number of samples.")
-    first: str | None = Field(None, description="First differing tensor; `null` if none differs.")
-    tensors: list[TensorRow] = Field(default_factory=list, description="All tensors in topological order.")
-    flip: Flip | None = Field(None, description="How one rounding flip grew.")
-
-
-class ParitySection(ParityNumbers):
-    """The engine against its four references; the keys at the top are those against the fake-quant twin."""
-
-    integer: ParityNumbers | None = Field(None, description="Against exact integer arithmetic.")
-    unfused: ParityNumbers | None = Field(None, description="Against the same file with the runtime's fusion off.")
-    float_: ParityNumbers | None = Field(None, alias="float", description="Against the float network.")
-    divergence: DivergenceSection | None = Field(None, description="Where the engine and a reference part.")
-
-
-class PairedRow(_Section):
-    """Float and one quantized form on the same labelled samples."""
-
-    difference: Number = Field(description="Accuracy of the form minus that of float, a share; negative: worse.")
-    standard_error: Amount = Field(description="Of that difference, from the paired samples.")
-    lost: Count = Field(description="Samples that float gets right and the form wrong.")
-    gained: Count = Field(description="Samples that float gets wrong and the form right.")
-    p_value: Share = Field(description="McNemar's exact two-sided test.")
-
-
-class AccuracySection(_Section):
-    """Quality on the evaluation data."""
-
-    metric: Literal["top1", "agreement_with_float", "psnr_db", "sqnr_db"] = Field(
-        "top1",
-        description="`top1`: share of right classes on labelled data. `agreement_with_float`: share of samples with the class "
-        "that float gives, an estimate without labels. `psnr_db`: mean PSNR against targets. `sqnr_db`: SQNR against float.",
-    )
-    float_: Number | None = Field(None, alias="float", description="The float network.")
-    reference: Number | None = Field(None, description="The fake-quant twin.")
-    engine: Number | None = Field(None, description="The engine.")
-    others: dict[str, Number] = Field(default_factory=dict, description="Further forms by name.")
-    images: Count = Field(description="Number of samples.")
-    estimate: bool = Field(False, description="No labels were given: an estimate.")
-    standard_error: Amount | None = Field(None, description="Standard error of the float accuracy.")
-    agreement_with_float: dict[str, Share] = Field(
-        default_factory=dict, description="Share of samples on which a form decides as float does, by form."
-    )
-    paired: dict[str, PairedRow] = Field(default_factory=dict, description="Paired comparison with float, by form.")
-
-
-class LatencyNumbers(_Section):
+class LatencyNumbers(Section):
     """Times of one runner."""
 
     median_ms: Amount | None = Field(None, description="Median.")
@@ -403,7 +176,7 @@ class LatencyNumbers(_Section):
     device_p99_ms: Amount | None = Field(None, description="99th percentile of that time.")
 
 
-class LatencySection(_Section):
+class LatencySection(Section):
     """The engine and its float baselines, measured side by side in interleaved rounds."""
 
     engine: LatencyNumbers | None = Field(None, description="The engine.")
@@ -418,7 +191,7 @@ class LatencySection(_Section):
     what: str = Field("", description="What one timed run contains.")
 
 
-class GateRow(_Section):
+class GateRow(Section):
     """One limit that was demanded."""
 
     name: str = Field(description="Name of the gate, `min_agreement`.")
@@ -431,7 +204,7 @@ class GateRow(_Section):
     text: str = Field("", description="One sentence.")
 
 
-class TargetSection(_Section):
+class TargetSection(Section):
     """One deployment target."""
 
     runtime: str = Field("", description="Runtime, `onnxruntime`.")
@@ -467,7 +240,7 @@ class TargetSection(_Section):
     notes: list[str] = Field(default_factory=list, description="What a reader should know, one sentence each.")
 
 
-class BaselineRow(_Section):
+class BaselineRow(Section):
     """The same job with another calibration set, measured in the same way."""
 
     method: str = Field(description="Calibration method.")
@@ -481,7 +254,7 @@ class BaselineRow(_Section):
     note: str = Field("", description="What a reader should know.")
 
 
-class EnvironmentSection(_Section):
+class EnvironmentSection(Section):
     """Where the figures were measured."""
 
     machine: dict[str, Any] = Field(
@@ -493,14 +266,14 @@ class EnvironmentSection(_Section):
     command: str = Field("", description="The command that made the report.")
 
 
-class Verdict(_Section):
+class Verdict(Section):
     """What the gates say together."""
 
     passed: bool | None = Field(None, description="All gates are kept; `null` if none was demanded.")
     text: str = Field("", description="One sentence.")
 
 
-class Report(_Section):
+class Report(Section):
     """``report.json``."""
 
     schema_version: Literal[1] = Field(1, description="Version of this schema.")

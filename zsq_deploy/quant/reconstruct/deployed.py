@@ -39,7 +39,8 @@ from zsq_deploy.quant.reconstruct.template import Template, take_apart
 from zsq_deploy.quant.reconstruct.work import BlockReport, Work
 from zsq_deploy.quant.reconstruct.writing import write
 from zsq_deploy.quant.scheme import Granularity, Scheme
-from zsq_deploy.quant.statistics import Statistics, collect
+from zsq_deploy.quant.statistics import collect
+from zsq_deploy.quant.statistics_values import Statistics
 
 __all__ = ["ROUNDINGS", "LowBits", "Numbers", "Places", "find_numbers", "pack_int4"]
 

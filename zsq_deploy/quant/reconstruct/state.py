@@ -16,7 +16,7 @@ from zsq_deploy.quant.reconstruct.quantizers import Range, weight_scales
 from zsq_deploy.quant.reconstruct.template import Layer, Site, Template
 from zsq_deploy.quant.scheme import Granularity, Scheme
 from zsq_deploy.quant.search import mse
-from zsq_deploy.quant.statistics import Statistics
+from zsq_deploy.quant.statistics_values import Statistics
 
 __all__ = ["Activation", "State", "Weight", "activation_range", "initial_state", "with_bits"]
 
