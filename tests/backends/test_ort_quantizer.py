@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from zsq_deploy.backends import get_target
 from zsq_deploy.backends.base import Engine
-from zsq_deploy.backends.onnxruntime import quantizer
+from zsq_deploy.backends.onnxruntime import static
 from zsq_deploy.backends.onnxruntime.calibrators import METHODS, calibrate
 from zsq_deploy.backends.onnxruntime.choose import candidates, choose
 from zsq_deploy.backends.onnxruntime.options import MAC_OPS, BuildOptions
@@ -85,7 +85,7 @@ def test_quantize_static_is_called_with_our_cache(
         calls.append({**kwargs, "reader": args[2]})
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(quantizer, "quantize_static", watched)
+    monkeypatch.setattr(static, "quantize_static", watched)
     build(network, ranges, VNNI, tmp_path)
     (call,) = calls
     assert call["reader"] is None  # no calibration pass of its own
