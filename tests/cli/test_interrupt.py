@@ -113,7 +113,7 @@ def test_no_measuring_process_survives(network, tmp_path, whole_group):
 STAGES = {
     "ranges": "zsq_deploy.pipeline.calibration.collect",
     "build": "zsq_deploy.pipeline.deploy.build_engine",
-    "bias correction": "zsq_deploy.pipeline.engines.correct_bias",
+    "bias correction": "zsq_deploy.pipeline.correction.correct_bias",
     "evaluation": "zsq_deploy.pipeline.verification.evaluate",
     "latency": "zsq_deploy.pipeline.verification.compare_latency",
     "report": "zsq_deploy.pipeline.deploy.write_report",
@@ -163,7 +163,7 @@ def test_a_resumed_run_gives_the_undisturbed_engine(network, tmp_path, zsq):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zsq_deploy.pipeline.engines.correct_bias", interrupted)
+        patch.setattr("zsq_deploy.pipeline.correction.correct_bias", interrupted)
         assert zsq(*arguments, "-o", tmp_path / "out").code == 130
     assert zsq(*arguments, "-o", tmp_path / "out", "--resume").code == 0
     engines = [tmp_path / name / "ort-x86-vnni" / "engine.onnx" for name in ("undisturbed", "out")]

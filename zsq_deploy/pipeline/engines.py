@@ -5,42 +5,35 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zsq_deploy.backends import BuildSettings, Engine, Target, ValidationData, get_backend
 from zsq_deploy.backends.measured import move
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.errors import CalibrationError, UsageError
-from zsq_deploy.model import Graph, Model
+from zsq_deploy.model import Model
 from zsq_deploy.pipeline.calibration import Images, MeasuredRanges
+from zsq_deploy.pipeline.correction import Correction
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.allocation import allocate
-from zsq_deploy.quant.bias import correct_bias
 from zsq_deploy.quant.reconstruct import Bits, LayerBits, Preset, Protocol
 from zsq_deploy.quant.reconstruct.deployed import LowBits, Numbers, Places, find_numbers
 from zsq_deploy.recipe import Recipe
-from zsq_deploy.verify.parity import sqnr_db
 
 __all__ = ["Built", "EngineSettings", "build_engine", "settings_of"]
 
-BIAS_IMAGES = 64
-"""Images for bias correction; the mean error of a channel over 64 images is known far better than one step of its bias."""
-
-
 JUDGE_IMAGES = 32
-"""Images that decide between engines, and whether bias correction is kept."""
+"""Images that decide between engines."""
 
 _SENSITIVITY_IMAGES = 128
 """Images that say which layers mind few bits."""
 
 TOLERANCE_DB = 0.2
-"""How much SQNR on synthetic images a bias correction may cost before it is rejected: less is noise. Of learned codes it may cost nothing."""
+"""How much SQNR a bias correction may cost (mean of two kinds of images) before it is rejected: less is noise. Of learned codes it may cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +156,7 @@ def build_engine(
         build = partial(backend.build, model, measured.ranges, target, progress=progress, **shown)
         # Learned codes give the right means already, as far as the images tell: a correction has to be better than that.
         tolerance = 0.0 if settings.rounding == "learned" else TOLERANCE_DB
-        correction = _Correction(model, looked_at, backend, build, threads, seed, tolerance, progress)
+        correction = Correction(model, looked_at, backend, build, threads, seed, tolerance, progress)
     candidates: list[dict[str, Any]] = []
     notes: list[str] = []
     pinned = settings.choice.get(target.name)
@@ -240,6 +233,7 @@ def _numbers(
         Preset.of(settings.reconstruct_preset),
         seed=seed,
         exact=settings.exact_scales,
+        tie_free_sums=target.tie_free_sums and settings.exact_scales,
     )
     looked_at = images.calibration
     mixed = settings.size_budget is not None
@@ -290,88 +284,6 @@ def _mixed(
     quantized = {layer.node for layer in places.template().layers}
     bits = LayerBits({node: bits for node, bits in found.bits.layers.items() if node in quantized})
     return dataclasses.replace(asked, bits=bits, chosen=f"{found.description}; ends as in {asked.protocol.name}")
-
-
-class _Correction:
-    """Bias correction of an engine on its own Q/DQ graph, kept if it helps.
-
-    Attributes:
-        rows: What was measured, as candidates of the report.
-        notes: What was rejected.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        looked_at: CalibrationSet,
-        backend: Any,
-        build: Callable[..., Engine],
-        threads: int,
-        seed: int,
-        tolerance: float,
-        progress: Progress,
-    ) -> None:
-        self._model, self._looked_at, self._backend, self._build = model, looked_at, backend, build
-        self._threads, self._seed, self._tolerance, self._progress = threads, seed, tolerance, progress
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def __call__(self, engine: Engine, options: Any) -> tuple[Engine, Any]:
-        """The engine with corrected biases in the same folder, or the engine as it was; and its options."""
-        size = 8 if self._model.dynamic_batch else 1
-        corrected: Mapping[str, np.ndarray[Any, Any]] = correct_bias(
-            self._model.folded(),
-            Graph.load(engine.qdq_path),
-            self._looked_at.take(0, min(BIAS_IMAGES, len(self._looked_at))).batches(size),
-            seed=self._seed,
-            progress=self._progress,
-        )
-        home = engine.path.parent
-        changed = options.with_(biases=dict(corrected))
-        second = self._build(home.with_name(f"{home.name}-corrected"), options=changed)
-        # Judged on the images at the other end of the set: a correction that does not help has to go.
-        judge = self._looked_at.take(max(0, len(self._looked_at) - JUDGE_IMAGES)).batches(size)
-        before, after = _compare(self._backend, engine, second, list(judge), self._threads)
-        kept = after >= before - self._tolerance
-        name = f"{options.label}, biases corrected"
-        self.rows.append(
-            {
-                "name": name,
-                "chosen": False,
-                "sqnr_db": after,
-                "bytes": second.bytes,
-                "reason": f"{after:.1f} dB against {before:.1f} dB without, on synthetic images"
-                + ("" if kept else ": rejected"),
-            }
-        )
-        if not kept:
-            self.notes.append(f"bias correction was rejected: {after:.1f} dB with it, {before:.1f} dB without it")
-            shutil.rmtree(second.path.parent)
-            return engine, options
-        shutil.rmtree(home)
-        left = second.path.parent
-        second = move(second, home)
-        left.rmdir()
-        return second, changed
-
-
-def _compare(
-    backend: Any, first: Engine, second: Engine, batches: Sequence[Mapping[str, np.ndarray[Any, Any]]], threads: int
-) -> tuple[float, float]:
-    """SQNR in dB of the outputs of two engines against the float network; the worst output counts."""
-    floating = backend.runner(first.float_path, first.target, threads=threads, mode="float")
-    runners = [backend.runner(engine.path, engine.target, threads=threads) for engine in (first, second)]
-    signal: dict[str, float] = {}
-    noise: list[dict[str, float]] = [{}, {}]
-    for feeds in batches:
-        wanted = {name: value.astype(np.float64) for name, value in floating.run(feeds).items()}
-        for name, value in wanted.items():
-            signal[name] = signal.get(name, 0.0) + float(np.square(value).sum())
-        for runner, sums in zip(runners, noise, strict=True):
-            for name, value in runner.run(feeds).items():
-                sums[name] = sums.get(name, 0.0) + float(np.square(value - wanted[name]).sum())
-    first_db, second_db = (min(sqnr_db(signal[name], sums[name]) for name in signal) for sums in noise)
-    return first_db, second_db
 
 
 def _chosen_before(candidates: Sequence[Any], label: str, target: Target) -> Any:

@@ -9,9 +9,12 @@ Only rounding is to be corrected. Synthetic images can drive activations beyond 
 shift that clipping them causes says nothing about real images. So the float pass saturates every activation where the Q/DQ graph
 does (``saturate=False`` measures clipping too).
 
+Where a Relu or Clip alone reads a layer, not the mean in front of it is corrected but the squared error behind it
+(:mod:`zsq_deploy.quant.shifts` says why). Everywhere else the two are the same.
+
 The empirical correction is sequential: when a layer is measured, all layers before it are corrected already. Both passes are one
-forward each. The float pass only leaves means behind. The quantized pass runs all images as one batch, measures each layer's mean as
-soon as the layer is computed, and corrects the value before anything reads it.
+forward each. The float pass only leaves means and some places of every channel behind. The quantized pass runs all images as one batch, measures
+each layer as soon as it is computed, and corrects the value before anything reads it.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from zsq_deploy.model.model import Model
 from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant.analytic import propagate_model
 from zsq_deploy.quant.reader import dequantized_weight, read_qdq
+from zsq_deploy.quant.shifts import bounds_behind, least_squares_shift, sampled
 from zsq_deploy.quant.statistics import micro_batches
 
 __all__ = ["BiasSite", "apply_biases", "bias_sites", "correct_bias", "correct_bias_analytically"]
@@ -189,22 +193,33 @@ def correct_bias(
         count = max(1, min(count, memory // (largest * 4 * 8)))
         images = {name: array[:count] for name, array in images.items()}
 
+        limits = _limits(graph, qdq) if saturate else {}
+        bounds = {
+            site.node: found
+            for site in sites
+            if site.axis == 1 and (found := bounds_behind(graph, site.output, limits)) is not None
+        }
         means: dict[str, torch.Tensor] = {}
-        share = 1.0
+        places: dict[str, list[torch.Tensor]] = {}
+        share, at, size = 1.0, 0, 0
 
         def remember(site: BiasSite) -> Any:
             def look(x: torch.Tensor) -> None:
                 # weighed by images, not by axis 0: attention layers put the tokens there
                 mean = _channel_mean(x, site.axis) * share
                 means[site.node] = means[site.node] + mean if site.node in means else mean
+                if site.node in bounds and x.dim() in (2, 3, 4) and len(x) == size:
+                    places.setdefault(site.node, []).append(sampled(x, at, count).clamp(*bounds[site.node]))
 
             return look
 
         looks: dict[str, Any] = {site.output: remember(site) for site in sites}
-        taps = _saturations(graph, qdq, looks) if saturate else looks
+        taps = _saturations(limits, looks)
         for batch in _chunks(images, 16):
-            share = len(next(iter(batch.values()))) / float(count)
+            size = len(next(iter(batch.values())))
+            share = size / float(count)
             floating.run(feed(batch), fetch=(), taps=taps)
+            at += size
         task.advance(len(sites))
 
         corrections: dict[str, torch.Tensor] = {}
@@ -212,7 +227,12 @@ def correct_bias(
         def correct(site: BiasSite) -> Any:
             def change(x: torch.Tensor) -> torch.Tensor:
                 axis = _qdq_axis(qdq, site, x)
-                shift = means[site.node] - _channel_mean(x, axis)
+                wanted = torch.cat(places.pop(site.node), 1) if site.node in places else None
+                seen = sampled(x, 0, count) if wanted is not None and axis == 1 and len(x) == count else None
+                if wanted is not None and seen is not None and seen.shape == wanted.shape:
+                    shift = least_squares_shift(seen, wanted, *bounds[site.node])
+                else:
+                    shift = means[site.node] - _channel_mean(x, axis)
                 corrections[site.node] = shift
                 task.advance()
                 form = [1] * x.ndim
@@ -233,10 +253,14 @@ def correct_bias(
     }
 
 
-def _saturations(graph: Graph, qdq: Graph, looks: Mapping[str, Any]) -> dict[str, Any]:
-    """Taps that keep the activations of the float graph inside what the Q/DQ graph can represent, after looking at them."""
+def _limits(graph: Graph, qdq: Graph) -> dict[str, tuple[float, float]]:
+    """Value of the float graph -> smallest and largest number that the Q/DQ graph can hold there."""
     known = {spec.name for spec in graph.inputs} | {name for node in graph.nodes for name in node.output}
-    limits = {t.name: (t.low, t.high) for t in read_qdq(qdq) if not t.is_weight and t.name in known}
+    return {t.name: (t.low, t.high) for t in read_qdq(qdq) if not t.is_weight and t.name in known}
+
+
+def _saturations(limits: Mapping[str, tuple[float, float]], looks: Mapping[str, Any]) -> dict[str, Any]:
+    """Taps that keep the activations of the float graph inside what the Q/DQ graph can represent, after looking at them."""
 
     def tap(name: str) -> Any:
         low, high = limits[name]
