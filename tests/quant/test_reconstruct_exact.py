@@ -158,3 +158,71 @@ def test_numbers_of_another_graph_are_refused(setting):
     other = dataclasses.replace(numbers, state=dataclasses.replace(numbers.state, weights=weights))
     with pytest.raises(ModelError, match="learned on another graph"):
         other.write(setting[2])
+
+
+@pytest.fixture(scope="module")
+def arm(setting):
+    """The same network on scales whose sums are never half-way between two codes."""
+    model, data, _ = setting
+    graph = model.folded().graph
+    ranges = collect(graph, data.batches(32)).ranges()
+    exact = exact_scales(graph, ranges, activation=ACTIVATION, weight=WEIGHT, tie_free_sums=True)
+    assert not exact.tying
+    qdq = insert_qdq(graph, exact.ranges, activation=ACTIVATION, weight=WEIGHT, weight_scales=exact.weight_scales)
+    return Places(graph, qdq, ACTIVATION, WEIGHT)
+
+
+def half_ways(numbers, places):
+    """Sums of two codes that are half-way between two codes of their output, counted over all pairs of codes."""
+    groups = {site.output: site.group for site in places.template().sites}
+    groups |= {site.name: site.group for site in places.template().sites}
+    count = 0
+    for node in places.template().plain.nodes:
+        if node.op_type != "Add" or not all(name in groups for name in node.input):
+            continue
+        reader = places.floating.consumers(node.output[0])[0]
+        output = node.output[0] if node.output[0] in groups else reader.output[0]
+        one, other, out = (numbers.state.activations[groups[name]] for name in (node.input[0], node.input[1], output))
+        a, b = (np.arange(each.scheme.qmin, each.scheme.qmax + 1) - each.zero_point for each in (one, other))
+        # scales are short numbers: exact in float64
+        steps = (a[:, None] * one.scale + b[None, :] * other.scale) / out.scale
+        exactly = [Fraction(one.scale) / Fraction(out.scale), Fraction(other.scale) / Fraction(out.scale)]
+        assert steps[-1, -1] == pytest.approx(float(int(a[-1]) * exactly[0] + int(b[-1]) * exactly[1]), rel=1e-12)
+        doubled = [2 * each for each in exactly]
+        scale = math.lcm(*(each.denominator for each in doubled))
+        whole = a[:, None] * int(doubled[0] * scale) + b[None, :] * int(doubled[1] * scale)
+        count += int((whole % (2 * scale) == scale).sum())
+    return count
+
+
+@pytest.mark.parametrize(("bits", "protocol"), [("w4a4", "all-layers"), ("w4a4", "ends-8bit"), ("w2a3", "all-layers")])
+def test_sums_are_never_half_way_where_the_runtime_rounds_halves_its_own_way(setting, arm, bits, protocol):
+    _, data, _ = setting
+
+    def numbers(tie_free):
+        asked = LowBits(Bits.of(bits), Protocol.of(protocol), "nearest", tie_free_sums=tie_free)
+        return find_numbers(arm, data, asked)
+
+    kept = numbers(True)
+    assert not kept.tying
+    assert half_ways(kept, arm) == 0
+    assert not any("half-way" in note for note in kept.notes)
+    free = numbers(False)
+    assert half_ways(free, arm) > 0
+    # they are still near what was found, and multipliers are short
+    start = find_numbers(arm, data, LowBits(Bits.of(bits), Protocol.of(protocol), "nearest", exact=False))
+    for name, one in kept.state.activations.items():
+        if one.scheme.bits < 8:
+            assert abs(math.log(one.scale / start.state.activations[name].scale)) < math.log(1.5)
+    assert not kept.inexact
+
+
+def test_sums_that_stay_half_way_are_named(setting):
+    """Free scales lie on no common grid."""
+    _, data, places = setting
+    template = places.template()
+    asked = LowBits(Bits.of("w4a4"), Protocol.of("all-layers"), "nearest", exact=False, tie_free_sums=True)
+    numbers = find_numbers(places, data, asked)
+    assert numbers.tying
+    assert set(numbers.tying) <= set(template.groups())
+    assert any("half-way" in note and numbers.tying[0] in note for note in numbers.notes)

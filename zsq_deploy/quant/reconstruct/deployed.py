@@ -29,7 +29,7 @@ from zsq_deploy.quant.qdq import PlacementRules, raise_opset
 from zsq_deploy.quant.reader import is_dequantize, read_qdq
 from zsq_deploy.quant.reconstruct.cache import Cache
 from zsq_deploy.quant.reconstruct.checkpoint import Checkpoints
-from zsq_deploy.quant.reconstruct.exact import FINE, exact_activations, exact_weights
+from zsq_deploy.quant.reconstruct.exact import FINE, exact_activations, exact_weights, tying_sums
 from zsq_deploy.quant.reconstruct.images import with_mirror_images
 from zsq_deploy.quant.reconstruct.presets import Preset
 from zsq_deploy.quant.reconstruct.protocol import Assignment, Bits, LayerBits, Protocol, assign
@@ -62,6 +62,7 @@ class LowBits:
         seed: Of everything random.
         exact: Move scales to numbers with which engine and graph agree bit for bit.
         significands: Of activation scales, for that.
+        tie_free_sums: Keep sums of two activations from being half-way between two codes, for runtimes that round such halves in another way.
         chosen: How bits that differ from layer to layer were chosen; said instead of a list of all layers.
     """
 
@@ -73,6 +74,7 @@ class LowBits:
     exact: bool = True
     significands: tuple[int, ...] = FINE
     chosen: str = ""
+    tie_free_sums: bool = False
 
     @property
     def fewest(self) -> Bits:
@@ -125,6 +127,7 @@ class Numbers:
         assignment: Bits of every weight and of every group of activations.
         state: Codes, scales, zero points and biases.
         base: Biases of the float graph, from which those of `state` were learned.
+        tying: Groups of activations that round sums which may be half-way between two codes, where that matters.
         inexact: Layer -> number of channels whose requantization multiplier stays a long number (those with hardly any weight, as a rule).
         blocks: How learning went; empty without it.
     """
@@ -135,6 +138,7 @@ class Numbers:
     base: Mapping[str, Array] = field(repr=False)
     inexact: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockReport, ...] = ()
+    tying: tuple[str, ...] = ()
 
     def write(self, places: Places) -> Graph:
         """The target's Q/DQ graph with these numbers, in 8-bit integers.
@@ -235,6 +239,11 @@ class Numbers:
             found.append(
                 f"weights of {fewest.weights} bits are computed with in 8-bit kernels: they save space, not time"
             )
+        if self.tying:
+            found.append(
+                f"{len(self.tying)} sums may be half-way between two codes, which this runtime rounds in another way than the graph: "
+                + ", ".join(self.tying[:3])
+            )
         return tuple(found)
 
 
@@ -286,7 +295,7 @@ def find_numbers(
     power = asked.preset.clip_power if asked.rounding == "learned" else 2.0
     state = _start(template, assignment, statistics, power, asked.preset.clip_candidates)
     if asked.exact and few:
-        state = exact_activations(template, state, significands=asked.significands)
+        state = exact_activations(template, state, significands=asked.significands, tie_free_sums=asked.tie_free_sums)
     blocks: tuple[BlockReport, ...] = ()
     learned: frozenset[str] = frozenset()
     if asked.rounding == "learned":
@@ -297,7 +306,8 @@ def find_numbers(
         floats = {layer.node: template.weights[layer.weight] for layer in template.layers if layer.node not in learned}
         state, inexact = exact_weights(template, state, floats=floats)
     base = {layer.node: template.biases[layer.bias] for layer in template.layers if layer.bias}
-    return Numbers(asked, assignment, state, base, inexact, blocks)
+    tying = tying_sums(template, state) if asked.tie_free_sums else ()
+    return Numbers(asked, assignment, state, base, inexact, blocks, tying)
 
 
 def _default_device() -> torch.device:

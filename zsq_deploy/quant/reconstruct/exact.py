@@ -7,6 +7,9 @@ requantization multiplier ``a_x * b * 2**k`` is a short number), for networks wh
   instead of the next larger one. Sites that meet in a sum still share ``a``; those with fewer bits have more say in it.
 * A weight of few bits keeps its codes, since those were learned; ``b`` goes up to 63, and is as long as the multiplier allows. A weight
   of 8 bits is rounded again on the new scale.
+
+Where a runtime rounds sums that are half-way between two codes in another way than the graph does (:mod:`zsq_deploy.quant.significands`), the
+output of a sum of two rounded tensors has a significand of its own: an odd one, on a grid that both inputs lie on.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import numpy.typing as npt
 from zsq_deploy.quant.exact_scales import Groups, requantizes_exactly
 from zsq_deploy.quant.reconstruct.state import Activation, State, Weight
 from zsq_deploy.quant.reconstruct.template import Template
-from zsq_deploy.quant.regions import Regions, read_regions
+from zsq_deploy.quant.regions import Regions, Term, read_regions
+from zsq_deploy.quant.significands import SUM_SIGNIFICANDS, Sum, grid_of, in_order
 
-__all__ = ["FINE", "exact_activations", "exact_weights"]
+__all__ = ["FINE", "exact_activations", "exact_weights", "tying_sums"]
 
 Array = npt.NDArray[Any]
 
@@ -36,14 +40,48 @@ _EIGHT_BIT_SAY = 0.1
 """How much a site with 8 bits counts against one with fewer, where they have to share a significand."""
 
 
-def _meeting(template: Template, regions: Regions) -> list[list[str]]:
-    """Groups of sites (by the name of their scale's group) that meet without a weighted layer in between."""
+def _names(template: Template, regions: Regions) -> dict[str, str]:
+    """QuantizeLinear node -> group of its site."""
     own = {site.name: site.group for site in template.sites}
-    names = {node: own[tensor.name] for node, tensor in regions.sites.items() if tensor.name in own}
+    return {node: own[tensor.name] for node, tensor in regions.sites.items() if tensor.name in own}
+
+
+def _summed(alternatives: tuple[tuple[Term, ...], ...], names: Mapping[str, str]) -> tuple[str, str] | None:
+    """Groups of the two rounded tensors whose sum a site rounds; ``None`` where it rounds something else."""
+    if len(alternatives) != 1 or len(alternatives[0]) != 2:
+        return None
+    if any(term.site not in names or term.divisor != 1 or term.sloped for term in alternatives[0]):
+        return None
+    first, second = (names[term.site] for term in alternatives[0])
+    return first, second
+
+
+def _sums(template: Template, regions: Regions) -> list[Sum]:
+    """Sums of two rounded tensors, by the groups of output and inputs."""
+    names = _names(template, regions)
+    found = [(names[site], _summed(behind, names)) for site, behind in regions.behind.items() if site in names]
+    return [(output, pair) for output, pair in found if pair is not None]
+
+
+def tying_sums(template: Template, state: State) -> tuple[str, ...]:
+    """Groups of sites that round sums of two rounded tensors which may be half-way between two codes.
+
+    Args:
+        template: The network.
+        state: The numbers.
+    """
+    grid = {name: grid_of(one.scale) for name, one in state.activations.items()}
+    sums = _sums(template, read_regions(template.qdq))
+    return tuple(dict.fromkeys(out for out, pair in sums if min(grid[name] for name in pair) < grid[out]))
+
+
+def _meeting(template: Template, regions: Regions, tie_free: bool) -> tuple[dict[str, list[str]], Groups]:
+    """Groups of sites (by the name of their scale's group) that meet without a weighted layer in between, or a sum (if that is asked for)."""
+    names = _names(template, regions)
     groups = Groups()
     by_layer: dict[str, str] = {}
     for site, alternatives in regions.behind.items():
-        if site not in names:
+        if site not in names or (tie_free and _summed(alternatives, names) is not None):
             continue
         for term in (term for terms in alternatives for term in terms):
             if term.site in names:
@@ -53,10 +91,12 @@ def _meeting(template: Template, regions: Regions) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for group in template.groups():
         found.setdefault(groups.find(group), []).append(group)
-    return list(found.values())
+    return found, groups
 
 
-def exact_activations(template: Template, state: State, *, significands: Iterable[int] = FINE) -> State:
+def exact_activations(
+    template: Template, state: State, *, significands: Iterable[int] = FINE, tie_free_sums: bool = False
+) -> State:
     """The state with activation scales ``a * 2**i``, one ``a`` for all that meet.
 
     Groups without a site of fewer than 8 bits are on the 8-bit engine's grid already and stay.
@@ -65,6 +105,8 @@ def exact_activations(template: Template, state: State, *, significands: Iterabl
         template: The network; its Q/DQ graph says what meets.
         state: The numbers.
         significands: Allowed ``a``.
+        tie_free_sums: Keep sums of two activations from being half-way between two codes, as far as scales can do that
+            (:func:`tying_sums` says what is left).
     """
     candidates = tuple(significands)
     ceilings = {
@@ -72,24 +114,57 @@ def exact_activations(template: Template, state: State, *, significands: Iterabl
         for group, sites in template.groups().items()
         if any(not site.repeats for site in sites) or len(sites) == 1
     }
+    regions = read_regions(template.qdq)
+    sums = _sums(template, regions) if tie_free_sums else []
+    found, groups = _meeting(template, regions, tie_free_sums)
     changed: dict[str, Activation] = {}
-    for members in _meeting(template, read_regions(template.qdq)):
-        if all(state.activations[name].scheme.bits == 8 for name in members):
-            continue
-        best: tuple[float, dict[str, float]] | None = None
-        for significand in candidates:
+    scale_of: dict[str, float] = {}
+    for members in in_order(found, sums, groups.find):
+        # Outputs of sums -> the grid that both inputs lie on.
+        grids: dict[str, float] = {}
+        for output, pair in sums:
+            if output in members and all(name in scale_of for name in pair):
+                grids[output] = min([*(grid_of(scale_of[name]) for name in pair), grids.get(output, math.inf)])
+        kept = {name: state.activations[name].scale for name in members}
+        eight = all(state.activations[name].scheme.bits == 8 for name in members)
+        scales = kept if eight and _on(kept, grids) else _shared(members, state, candidates, ceilings, grids)
+        scale_of.update(scales)
+        for name in members:
+            if scales[name] != kept[name]:
+                changed[name] = _rescaled(state.activations[name], scales[name])
+    return state.updated(activations=changed)
+
+
+def _on(scales: Mapping[str, float], grids: Mapping[str, float]) -> bool:
+    """Whether no sum is half-way between two codes of its output."""
+    return all(grid_of(scales[name]) <= grid for name, grid in grids.items())
+
+
+def _shared(
+    members: Iterable[str],
+    state: State,
+    significands: tuple[int, ...],
+    ceilings: Mapping[str, float],
+    grids: Mapping[str, float],
+) -> dict[str, float]:
+    """The nearest scales of one significand; where none of those keeps sums from being half-way, as if there were no sums."""
+    best: tuple[float, dict[str, float]] | None = None
+    for allowed in (SUM_SIGNIFICANDS, significands) if grids else (significands,):
+        for significand in allowed:
             cost, scales = 0.0, {}
             for name in members:
                 old = state.activations[name]
                 say = _EIGHT_BIT_SAY if old.scheme.bits == 8 else 1.0
                 scales[name] = _snapped(old, significand, ceilings.get(name, math.inf))
                 cost += say * math.log(scales[name] / old.scale) ** 2
+            if allowed is SUM_SIGNIFICANDS and not _on(scales, grids):
+                continue
             if best is None or cost < best[0]:
                 best = (cost, scales)
-        assert best is not None
-        for name, scale in best[1].items():
-            changed[name] = _rescaled(state.activations[name], scale)
-    return state.updated(activations=changed)
+        if best is not None:
+            break
+    assert best is not None
+    return best[1]
 
 
 def _snapped(old: Activation, significand: int, ceiling: float) -> float:
