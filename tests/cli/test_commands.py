@@ -19,6 +19,7 @@ import zsq_deploy.cli
 from zsq_deploy import __version__
 from zsq_deploy.calib import CalibrationSet
 from zsq_deploy.cli.app import app
+from zsq_deploy.pipeline import on_device
 from zsq_deploy.recipe import describe
 
 COMMANDS = (
@@ -237,9 +238,31 @@ def test_bench(place, zsq):
     assert said.json["ort-x86-vnni"]["engine"]["median_ms"] > 0
     said = zsq("bench", place.out, "--rounds", 2, "--target", "ort-x86-vnni", "-q")
     assert "float_best" in said.out
+    assert re.search(r"^target +runs as +median +spread +p95 +p99 +first +load +speed$", said.out, re.MULTILINE)
+    (row,) = re.findall(r"^ort-x86-vnni +engine +(.*)x$", said.out, re.MULTILINE)
+    median, spread, p95, p99, *_ = (float(number) for number in row.split())
+    assert 0 < median <= p95 <= p99
+    assert spread >= 0
     assert "ort-arm64" not in said.out
     for more in (["--rounds", 0], ["--threads", 0]):
         assert zsq("bench", place.out, *more).code == 2
+
+
+def test_what_bench_is_told_goes_before_the_list_of_devices(zsq, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZSQ_DEVICES", str(tmp_path / "devices.yaml"))
+    added = zsq("devices", "add", "pi4", "ssh://pi@pi4", "--python", "py", "--threads", 4, "--affinity", "0-3")
+    assert added.code == 0, added.err
+    seen = []
+
+    def watched(folder, devices, *, measure, **more):
+        seen.append([(one.python, one.threads or measure.threads, one.affinity or measure.affinity) for one in devices])
+        return on_device.Benched()
+
+    monkeypatch.setattr(on_device, "bench_on_devices", watched)
+    both = ["--device", "pi4", "--device", "ssh://pi@pi5"]
+    assert zsq("bench", tmp_path, *both).code == 2  # nothing was measured
+    zsq("bench", tmp_path, *both, "--threads", 1, "--affinity", "7", "--python", "python3.12")
+    assert seen == [[("py", 4, "0-3"), (None, 1, None)], [("python3.12", 1, "7"), ("python3.12", 1, "7")]]
 
 
 def test_report(copy, zsq):

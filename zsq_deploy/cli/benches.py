@@ -21,7 +21,12 @@ __all__ = ["bench"]
 def bench(
     folder: o.OutArg,
     target: o.OnlyTargetOpt = None,
-    threads: o.ThreadsOpt = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", metavar="N", min=1, help="Threads of every runner (default: what `zsq devices` says, or 1)."
+        ),
+    ] = None,
     rounds: Annotated[
         int,
         typer.Option(
@@ -68,7 +73,7 @@ def bench(
         ]
         if given:
             raise UsageError(f"{given[0]} is about devices", where=given[0], remedy="name one with --device")
-        return _here(folder, target, threads, rounds, progress, as_json)
+        return _here(folder, target, threads or 1, rounds, progress, as_json)
 
     from zsq_deploy.device.inventory import Inventory
     from zsq_deploy.device.work import Measure
@@ -84,14 +89,17 @@ def bench(
         done = on_device.take_result(folder, result, bundle[0], device[0])
     else:
         inventory = Inventory()
-        devices = [inventory.find(text) for text in device or ()]
+        # What is said here goes before what the list of devices says.
+        said = {"python": python, "threads": threads, "affinity": affinity}
+        said = {word: value for word, value in said.items() if value is not None}
+        devices = [replace(inventory.find(text), **said) for text in device or ()]
         done = on_device.bench_on_devices(
             folder,
-            [replace(one, python=python or one.python) for one in devices],
+            devices,
             targets=target,
             bundles=bundle or (),
             samples=samples,
-            measure=Measure(threads=threads, affinity=affinity, seconds=seconds, streams=streams, limit=time_limit),
+            measure=Measure(seconds=seconds, streams=streams, limit=time_limit),
             accept_new=accept_new_host_key,
             progress=progress,
         )
@@ -135,14 +143,20 @@ def _here(folder: Path, target: list[str] | None, threads: int, rounds: int, pro
     if as_json:
         print_json(found)
         return 0
-    table = Table(title=f"batch 1, {threads} thread{'s' if threads > 1 else ''}, milliseconds")
-    for column in ("target", "runs as", "median", "spread", "p90", "p95", "p99", "first", "load", "speed-up"):
+    table = Table(  # narrow enough for 80 columns
+        title=f"batch 1, {threads} thread{'s' if threads > 1 else ''}, milliseconds (spread: 75th - 25th percentile)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for column in ("target", "runs as", "median", "spread", "p95", "p99", "first", "load", "speed"):
         table.add_column(column, justify="left" if column in ("target", "runs as") else "right")
     for name, section in found.items():
         for form in ("engine", "float32", "float_best"):
             row = section.get(form)
             if row:
-                figures = [row[f"{key}_ms"] for key in ("median", "iqr", "p90", "p95", "p99", "first", "load")]
+                figures = [row[f"{key}_ms"] for key in ("median", "iqr", "p95", "p99", "first", "load")]
                 speed = f"{section['speedup']:.2f}x" if form == "engine" and section.get("speedup") else ""
                 table.add_row(name, form, *(f"{v:.3f}" if v is not None else "-" for v in figures), speed)
     Console().print(table)
