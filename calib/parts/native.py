@@ -229,8 +229,8 @@ class Kernels:
             rows, beside = rows // 2, beside * 2
         return rows, channels * beside, beside
 
-    def _run(self, images: int, call: Callable[[int, int, int], None]) -> None:
-        """Images are shared out among threads (thread, first image, count); an image's result does not depend on how."""
+    def share_out(self, images: int, call: Callable[[int, int, int], None]) -> None:
+        """Images, or other things that are done one by one, are shared out among threads (thread, first, count); a result does not depend on how."""
         threads = min(torch.get_num_threads(), images)
         if threads == 1:
             call(0, 0, images)
@@ -282,7 +282,7 @@ class Kernels:
                 beside,
             )
 
-        self._run(images, call)
+        self.share_out(images, call)
         mean, var = moments[0], moments[1]
         if not per_sample:
             mean, var = mean.mean(0), (var + (mean - mean.mean(0)).square()).mean(0)
@@ -357,7 +357,7 @@ class Kernels:
                 stride,
             )
 
-        self._run(y.shape[0], call)
+        self.share_out(y.shape[0], call)
         return out, rest
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zsq_deploy.calib.parts.labels import find_labels
 from zsq_deploy.calib.parts.recipe import Preparation
+from zsq_deploy.calib.parts.rounding import rounded_twin
 from zsq_deploy.calib.parts.terms.base import Context
 from zsq_deploy.errors import CalibrationError
 from zsq_deploy.model import Graph, Twin
@@ -112,7 +113,7 @@ class Student:
             )
         self._scores, self._features = labels.value, last.input[0]
         self._input = context.spec.name
-        self._student = Twin(graph, dtype=context.dtype, device=context.device)
+        self._student, self._rounded = rounded_twin(graph, context.dtype, context.device)
         teacher = context.model.folded().graph
         found = find_labels(teacher, teacher.outputs)
         assert found is not None
@@ -127,7 +128,8 @@ class Student:
         """
         if scores is None:
             scores = self._teacher.run({self._input: images}, fetch=(self._teacher_scores,))[self._teacher_scores]
-        found = self._student.run({self._input: images}, fetch=(self._scores, self._features))
+        fetch = (self._scores, self._features)
+        found = self._student.run({self._input: images}, fetch=fetch, taps=self._rounded)
         features = found[self._features]
         if features.dim() > 2:
             features = features.flatten(2).mean(2)
