@@ -214,7 +214,9 @@ def fractal(
             f"fractals are pictures, but input {spec.name!r} is {spec.dtype} {_say(spec.shape)}: "
             "not N x 1 x H x W or N x 3 x H x W floating-point values of known size",
             where=spec.name,
-            remedy="say the size with --input-shape if it is not fixed; for other inputs choose --method gaussian or zeroq",
+            remedy="say the size with --input-shape if it is not fixed; other inputs of floats can be drawn with --method gaussian or uniform"
+            if spec.dtype.kind == "f"
+            else "make inputs of your own and give them as a calibration set (CalibrationSet.from_arrays)",
         )
     if images < 1:
         raise CalibrationError(f"{images} images were asked for", where="--images", remedy="ask for 1 or more")

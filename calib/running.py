@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zsq_deploy.calib.fitting import advice
 from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.parts import native
 from zsq_deploy.calib.parts.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ class Run:
                 f"method {self.method!r} asks the network to see classes, and this network gives no class scores "
                 f"(outputs: {', '.join(f'{spec.name} {list(spec.shape)}' for spec in self.model.outputs)})",
                 where=self.model.name,
-                remedy="use a method without labels: zeroq, genie, dgh",
+                remedy=advice(self.model),
             )
         return labels
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from zsq_deploy.calib.calibration_set import CalibrationSet
+from zsq_deploy.calib.fitting import OWN_INPUTS, advice, fitting
 from zsq_deploy.calib.manifest import CalibrationManifest
 from zsq_deploy.calib.methods import METHODS, Method
 from zsq_deploy.calib.parts.precision import resolved as resolved_precision
@@ -108,6 +109,13 @@ def synthesize(
         if model.batch_norms():
             _single_image_input(model, method)
         elif chosen.fallback is not None:
+            if chosen.fallback not in fitting(model):
+                raise CalibrationError(
+                    f"the network holds no batch-norm statistics, and {method!r} has nothing else to learn from; {chosen.fallback!r}, which is "
+                    f"used instead for pictures, cannot make {', '.join(f'{spec.name!r} of shape {list(spec.shape)}' for spec in model.inputs)}",
+                    where=model.name,
+                    remedy=f"if it was trained with batch norm, export it with batch norm kept; else {advice(model)}",
+                )
             note = (
                 f"the network holds no batch-norm statistics (it never had any, or they were folded into the convolutions "
                 f"before export), and {method!r} has nothing else to learn from. Used instead: {chosen.fallback!r} "
@@ -205,20 +213,20 @@ def _single_image_input(model: Model, method: str) -> TensorSpec:
             f"the network has {len(model.inputs)} inputs ({names}); method {method!r} optimises one, because batch-norm "
             "statistics do not say which input should account for what",
             where=model.name,
-            remedy="use a method that draws each input by itself (gaussian, uniform), or hand over inputs of your own",
+            remedy=advice(model),
         )
     spec = model.inputs[0]
     if spec.dtype.kind != "f":
         raise CalibrationError(
             f"input {spec.name!r} takes {spec.dtype} values, which cannot be optimised by gradients",
             where=spec.name,
-            remedy="hand over inputs of your own as a calibration set",
+            remedy=OWN_INPUTS,
         )
     if METHODS[method].pictures and len(spec.shape) != 4:
         raise CalibrationError(
             f"input {spec.name!r} of shape {spec.shape} is no image, and method {method!r} makes images",
             where=spec.name,
-            remedy="use --method zeroq, dsg or hast (the last needs classes), which take inputs of any shape",
+            remedy=advice(model),
         )
     return spec
 

@@ -12,6 +12,7 @@ from typing import Any
 from zsq_deploy.artifact import OutputFolder, digest_file, read_json, write_json
 from zsq_deploy.backends import Engine, get_target
 from zsq_deploy.calib import CalibrationSet, exporters
+from zsq_deploy.calib.methods import METHODS
 from zsq_deploy.calib.quality import Quality
 from zsq_deploy.calib.recommend import Recommendation
 from zsq_deploy.demo import DEMO_MEAN, DEMO_STD, train_demo
@@ -105,6 +106,15 @@ def synthesize_set(
     check_device(recipe.calibration.device)
     model = load_recipe_model(recipe)
     recipe, recommendation = with_method(recipe, model, progress=progress)
+    chosen = recipe.calibration.method
+    if not METHODS[chosen].images:
+        raise UsageError(
+            f"method {chosen!r} makes no images",
+            where="--method",
+            remedy="give your images to zsq deploy or zsq quantize as a calibration set (--calibration)"
+            if chosen == "real"
+            else "use it with zsq deploy or zsq quantize, or choose a method that makes images",
+        )
     real = real_images(real_data, model, resize=resize) if real_data is not None else None
     owns = ("calibration", "quality.json", ".synthesis", *EXPORTS.values())
     with OutputFolder(output, force=force, resume=resume, owns=owns, identity=recipe.digest) as folder:
@@ -122,14 +132,10 @@ def synthesize_set(
             others=other_networks(recipe.calibration, model),
             workers=recipe.calibration.workers,
             precision=recipe.calibration.precision,
+            compiled=recipe.calibration.compile,
             progress=progress,
         )
-        if images.calibration is None:
-            raise UsageError(
-                f"method {recipe.calibration.method!r} makes no images",
-                where="--method",
-                remedy="use it with zsq deploy or zsq quantize, or choose a method that makes images",
-            )
+        assert images.calibration is not None
         saved = images.calibration.save(folder.path / "calibration", force=True)
         if export is not None:
             exporters.export(saved, export, folder.path / EXPORTS[export])
