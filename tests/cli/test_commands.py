@@ -426,11 +426,12 @@ def test_a_reader_that_has_enough(place):
 
 
 @pytest.mark.slow
-def test_the_demo_from_end_to_end(tmp_path):
+def test_the_demo_from_end_to_end(zsq, tmp_path, monkeypatch):
     """As a newcomer runs it, in an empty folder."""
-    done = small.zsq("demo", "--json", cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    monkeypatch.chdir(tmp_path)
+    done = zsq("demo", "--json")
+    assert done.code == 0, done.err
+    report = done.json
     target = report["targets"]["ort-x86-vnni"]
     assert target["accuracy"]["float"] > 0.95
     assert target["accuracy"]["engine"] >= target["accuracy"]["float"] - 0.01
@@ -438,6 +439,6 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert target["integer"]["macs_share"] == 1.0
     assert target["parity"]["integer"]["equal_share"] == 1.0
     assert (tmp_path / "demo-out" / "report.html").stat().st_size > 20_000
-    again = small.zsq("demo", cwd=tmp_path)
-    assert again.returncode == 2
-    assert "--force" in again.stderr
+    again = zsq("demo")
+    assert again.code == 2
+    assert "--force" in again.err
