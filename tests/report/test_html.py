@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from zsq_deploy.errors import ZsqError
-from zsq_deploy.report import parse, render_html, write_html
+from zsq_deploy.report import parse, render_html, words, write_html
 from zsq_deploy.report.build import finish
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -63,7 +65,8 @@ class Checker(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +74,32 @@ def page():
     return render_html(sample.report(targets=2))
 
 
-def slim():
-    """A report without the figures that take long to draw."""
+@functools.cache
+def slim_text():
     value = sample.report().to_json()
     value["calibration"]["ranges"] = value["calibration"]["ranges"][:2]
+    value["calibration"]["quality"] = None
     target = value["targets"]["ort-x86-vnni"]
     target["layers"] = target["layers"][:2]
     target["parity"]["divergence"] = None
-    return value
+    return json.dumps(value)
+
+
+def slim():
+    """A report without the figures that take long to draw."""
+    return json.loads(slim_text())
+
+
+@functools.cache
+def whole_text():
+    return text_of(render_html(parse(slim())))
+
+
+def text_of(page):
+    """What a reader sees, in one line; nothing that a program wrote by mistake is among it."""
+    text = re.sub(r"\s+", " ", " ".join(Checker(page).text)).strip()
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b|[{}]{2}", text)
+    return text
 
 
 def test_the_page_is_well_formed(page):
@@ -95,7 +116,10 @@ def test_nothing_is_loaded_from_anywhere(page):
 
 
 def test_the_figures_are_those_of_the_report(page):
-    text = re.sub(r"\s+", " ", " ".join(Checker(page).text))
+    text = text_of(page)
+    times = sample.report(targets=2).targets["ort-x86-avx2"].latency.engine
+    row = (times.median_ms, times.iqr_ms, times.p90_ms, times.p95_ms, times.p99_ms, times.first_ms, times.load_ms)
+    assert " ".join(words.milliseconds(each) for each in row).replace("\u00a0", " ") in text
     for figure in (
         "resnet20_cifar10",
         "2.30×",
@@ -184,27 +208,60 @@ def test_a_report_without_targets_is_drawn():
     assert "Calibrated without data" in render_html(parse({**LEAST, "targets": {}}))
 
 
-@pytest.mark.parametrize("part", ["accuracy", "float_model", "integer", "parity", "latency", "layers", "notes"])
+SHOWN_BY = {
+    "accuracy": ("Accuracy", "84.30 %"),
+    "float_model": ("", "311 kB instead of 1.08 MB"),
+    "integer": ("Integer arithmetic", "98.2 % of kernel time"),
+    "parity": ("As simulated", "largest 2 LSB"),
+    "latency": ("Speed", "2.30× as fast as fp32"),
+    "layers": ("", "SQNR by tensor"),
+    "notes": ("", "activations have one scale a tensor"),
+}
+"""Part of a target -> title of its card, and what only it can say."""
+
+
+@pytest.mark.parametrize("part", SHOWN_BY)
 def test_any_part_of_a_target_may_be_missing(part):
     value = slim()
     target = value["targets"]["ort-x86-vnni"]
+    title, there = SHOWN_BY[part]
+    assert there in whole_text()
     del target[part]
     target["not_measured"] = {part: "this was not asked for"}
-    Checker(render_html(parse(value)))
+    text = text_of(render_html(parse(value)))
+    assert there not in text
+    assert f"Not measured {part} this was not asked for" in text
+    if title:  # the card stays, and says why it is empty
+        assert re.search(rf"{title} – this was not asked for", text)
 
 
 @pytest.mark.parametrize("part", ["float", "integer", "unfused", "histogram", "top1_agreement"])
 def test_any_part_of_parity_may_be_missing(part):
     value = slim()
     value["targets"]["ort-x86-vnni"]["parity"][part] = None
-    Checker(render_html(parse(value)))
+    value["targets"]["ort-x86-vnni"]["not_measured"] = {f"parity.{part}": "this was not asked for"}
+    text = text_of(render_html(parse(value)))
+    reference = {"float": "Float network", "integer": "Exact integer arithmetic", "unfused": "Runtime, fusion off"}.get(
+        part
+    )
+    if reference:
+        assert f"{reference} this was not asked for" in text
+    assert ("Differences from the fake-quant twin" in text) == (part != "histogram")
+    assert ("; top-1 agreement 98.70 %" in text) == (part != "top1_agreement")
 
 
 @pytest.mark.parametrize("part", ["engine", "float32", "float_best", "speedup"])
 def test_any_part_of_latency_may_be_missing(part):
     value = slim()
     value["targets"]["ort-x86-vnni"]["latency"][part] = None
-    Checker(render_html(parse(value)))
+    text = text_of(render_html(parse(value)))
+    if part != "float_best":
+        assert "Speed – not measured" in text
+    if part == "speedup":
+        assert "× as fast" not in text
+    runners = {"engine": "int8 engine", "float32": "fp32, all optimizations", "float_best": "NCHWc layout"}
+    for runner, mode in runners.items():
+        assert (mode in text) == (runner != part)
 
 
 @pytest.mark.parametrize("metric", ["psnr_db", "sqnr_db"])
@@ -213,8 +270,13 @@ def test_networks_without_classes_are_drawn(metric):
     value["targets"]["ort-x86-vnni"]["accuracy"] = {
         "metric": metric, "float": 31.25, "reference": 31.0, "engine": 30.75, "images": 12, "estimate": metric == "sqnr_db",
     }  # fmt: skip
-    text = " ".join(Checker(render_html(parse(value))).text)
-    assert "30.8" in text
+    text = text_of(render_html(parse(value)))
+    assert (
+        f"PSNR 30.8 dB −0.50 dB float {31.25:.1f} dB; 12 images"
+        if metric == "psnr_db"
+        else "Output SQNR estimate 30.8 dB"
+    ) in text
+    assert "%  accuracy" not in text
 
 
 @pytest.mark.parametrize(
@@ -252,11 +314,16 @@ def test_a_very_deep_network_is_drawn():
     value["calibration"]["ranges"] = [
         {"name": f"layer{i}", "low": -(10.0 ** (i % 7)), "high": 0.0 if i == 5 else 1.0} for i in range(400)
     ]
-    assert len(render_html(parse(value))) < 2_000_000
+    page = render_html(parse(value))
+    assert len(page) < 2_000_000
+    assert 'aria-label="SQNR of 400 tensors' in page
+    assert 'aria-label="Ranges of 400 tensors; the widest is -1e+06 to 1 at layer6"' in page
+    assert "Ranges as a table (400 tensors)" in page
 
 
 def test_a_picture_by_its_file_is_taken_in_from_the_report_s_own_folder_only(tmp_path):
     value = slim()
+    value["targets"] = {}
     (tmp_path / "out").mkdir()
     for folder in (tmp_path, tmp_path / "out"):
         Image.new("RGB", (4, 4)).save(folder / "sheet.png")
