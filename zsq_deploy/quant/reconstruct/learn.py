@@ -14,6 +14,7 @@ from torch import Tensor
 from zsq_deploy.progress import Task
 from zsq_deploy.quant.reconstruct.blocks import Block
 from zsq_deploy.quant.reconstruct.cache import Cache
+from zsq_deploy.quant.reconstruct.fused import FusedRounding
 from zsq_deploy.quant.reconstruct.native import kernels
 from zsq_deploy.quant.reconstruct.presets import Preset
 from zsq_deploy.quant.reconstruct.quantizers import (
@@ -178,15 +179,26 @@ class BlockLearner:
 
     # -- one step --
 
-    def constants(self, strength: float, beta: float) -> dict[str, Tensor]:
-        """Soft weights and biases."""
+    def fused(self) -> dict[str, FusedRounding]:
+        """Layer -> its logits with Adam's state, where compiled loops update them."""
+        found = {
+            item.layer.node: FusedRounding.of(item.logits, item.base, item.factor, *self._limits(item))
+            for item in self.layers
+        }
+        return {name: one for name, one in found.items() if one is not None}
+
+    def constants(self, strength: float, beta: float, fused: Mapping[str, FusedRounding]) -> dict[str, Tensor]:
+        """Soft weights and biases; those of `fused` layers update their logits when the gradient comes."""
         found: dict[str, Tensor] = {}
         for item in self.layers:
             low, high = self._limits(item)
             scale = item.factor * item.unit if self.preset.relative else item.factor
-            found[item.layer.weight] = RoundedWeight.apply(  # type: ignore[no-untyped-call]
-                item.logits, scale, item.base, low, high, strength, beta
-            )
+            if item.layer.node in fused:
+                found[item.layer.weight] = fused[item.layer.node].weight(item.logits, scale, strength, beta)
+            else:
+                found[item.layer.weight] = RoundedWeight.apply(  # type: ignore[no-untyped-call]
+                    item.logits, scale, item.base, low, high, strength, beta
+                )
             if item.bias is not None:
                 bias = item.bias
                 if item.bias_shift is not None and item.bias_unit is not None:
@@ -221,10 +233,18 @@ class BlockLearner:
         return found
 
     def outputs(
-        self, inputs: Mapping[str, Tensor], *, strength: float, beta: float, share: float, step: int
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        strength: float,
+        beta: float,
+        share: float,
+        step: int,
+        fused: Mapping[str, FusedRounding] | None = None,
     ) -> dict[str, Tensor]:
         """The block's outputs with soft weights."""
-        return self.runner.learning(self.block, inputs, self.constants(strength, beta), self.rounding(share, step))
+        constants = self.constants(strength, beta, fused or {})
+        return self.runner.learning(self.block, inputs, constants, self.rounding(share, step))
 
     def batch(self, cache: Cache, key: str, chosen: np.ndarray[Any, Any]) -> Tensor:
         """Activations of some images, where the network is."""
@@ -358,6 +378,7 @@ class Stepper:
         self._learner, self._cache = learner, cache
         groups, self._rates = learner.parameters()
         self._optimizer = torch.optim.Adam(groups, lr=1.0, fused=True) if groups else None
+        self._fused = learner.fused()
 
     def step(
         self,
@@ -387,9 +408,11 @@ class Stepper:
             return math.nan
         for group, (rate, falls) in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * (falling if falls else 1.0)
+        for one in self._fused.values():
+            one.rate = optimizer.param_groups[0]["lr"]  # the logits come first
         share = learner.preset.drop
         inputs = learner.inputs(self._cache, chosen, share, step)
-        found = learner.outputs(inputs, strength=strength, beta=beta, share=share, step=step)
+        found = learner.outputs(inputs, strength=strength, beta=beta, share=share, step=step, fused=self._fused)
         ends: list[Tensor] = []
         gradients: list[Tensor] = []
         value = 0.0

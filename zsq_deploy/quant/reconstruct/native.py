@@ -1,8 +1,9 @@
 """The memory-bound loops of block reconstruction in C, for machines with a compiler; everything works without one, slower.
 
 Rounding an activation with QDrop takes about ten passes over memory with torch operators, its gradient as many, and the random mask as long
-as a small convolution. Here it is one pass each, and the mask is a hash of key and position that both passes compute anew. The source is
-below; it is compiled once per process for the processor at hand (about a second) and loaded with ctypes.
+as a small convolution. Here it is one pass each, and the mask is a hash of key and position that both passes compute anew. A soft weight
+is one pass, too; and one more is its gradient, that of its scale, the regulariser's, and Adam's step, so that the gradient of the logits is never
+written. The source is below; it is compiled once per process for the processor at hand (about a second) and loaded with ctypes.
 
 ``ZSQ_NATIVE=0`` in the environment switches it off.
 """
@@ -92,6 +93,76 @@ void choose(const float *restrict a, const float *restrict b, float *restrict ou
 {
     for (ptrdiff_t i = first; i < first + count; i++) out[i] = hash((uint32_t)i, key) < below ? a[i] : b[i];
 }
+
+/* e to the power of x, -80 .. 80, to about 1e-6: a power of two by its bits, the rest as a Taylor series */
+static inline float exponential(float x)
+{
+    float t = limited(x, -80.0f, 80.0f) * 1.44269504088896f, whole = rintf(t), r = (t - whole) * 0.693147180559945f;
+    float s = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+    union { int32_t i; float f; } power = {((int32_t)whole + 127) * 8388608};
+    return s * power.f;
+}
+
+/* natural logarithm of a positive normal number: exponent by its bits, the rest as the series of the inverse hyperbolic tangent */
+static inline float logarithm(float x)
+{
+    union { float f; int32_t i; } bits = {x};
+    int32_t exponent = ((bits.i - 0x3F3504F3) >> 23);
+    union { int32_t i; float f; } rest = {bits.i - exponent * 8388608};
+    float s = (rest.f - 1.0f) / (rest.f + 1.0f), q = s * s;
+    return (float)exponent * 0.693147180559945f + 2.0f * s * (1.0f + q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9)))));
+}
+
+/* soft weights, row by row: a scale each */
+void soft_forward(const float *restrict v, const float *restrict base, const float *restrict scale, float *restrict out, ptrdiff_t first,
+                  ptrdiff_t rows, ptrdiff_t width, float low, float high)
+{
+    for (ptrdiff_t row = first; row < first + rows; row++) {
+        float s = scale[row];
+        for (ptrdiff_t i = row * width; i < (row + 1) * width; i++) {
+            float h = limited(1.2f / (1.0f + exponential(-v[i])) - 0.1f, 0.0f, 1.0f);
+            out[i] = limited(base[i] + h, low, high) * s;
+        }
+    }
+}
+
+static inline float soft_element(float g, float v, float b, float s, float low, float high, float push, float power, float *code)
+{
+    float p = 1.0f / (1.0f + exponential(-v)), wide = 1.2f * p - 0.1f, h = limited(wide, 0.0f, 1.0f), raw = b + h;
+    *code = limited(raw, low, high);
+    float d = (raw >= low) & (raw <= high) ? g * s : 0.0f;
+    if (push != 0.0f) {
+        float away = 2.0f * h - 1.0f, size = fabsf(away);
+        float slope = push * exponential(power * logarithm(size < 1e-30f ? 1e-30f : size));
+        d -= away < 0.0f ? -slope : (away > 0.0f ? slope : 0.0f);
+    }
+    return (wide > 0.0f) & (wide < 1.0f) ? d * p * (1.0f - p) * 1.2f : 0.0f;
+}
+
+/* gradient of the scales, and one step of Adam for the logits; push = 2 strength beta, power = beta - 1 */
+void soft_step(const float *restrict g, float *restrict v, const float *restrict base, const float *restrict scale, float *restrict mean,
+               float *restrict square, float *restrict d_scale, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t width, float low, float high,
+               float push, float power, float rate, float root)
+{
+    for (ptrdiff_t row = first; row < first + rows; row++) {
+        float s = scale[row];
+        double total = 0.0;
+        for (ptrdiff_t start = row * width; start < (row + 1) * width; start += 1024) {
+            ptrdiff_t end = start + 1024 < (row + 1) * width ? start + 1024 : (row + 1) * width;
+            float part = 0.0f;
+            for (ptrdiff_t i = start; i < end; i++) {
+                float code, d = soft_element(g[i], v[i], base[i], s, low, high, push, power, &code);
+                part += g[i] * code;
+                float m = mean[i] + 0.1f * (d - mean[i]), q = 0.999f * square[i] + 0.001f * d * d;
+                mean[i] = m;
+                square[i] = q;
+                v[i] -= rate * m / (sqrtf(q) / root + 1e-8f);
+            }
+            total += part;
+        }
+        d_scale[row] = (float)total;
+    }
+}
 """
 
 _SMALLEST = 1 << 15  # elements a thread
@@ -106,13 +177,16 @@ class Kernels:
         self._forward.argtypes = [pointer] * 2 + [size] * 2 + [real] * 5 + [word] * 2
         self._backward.argtypes = [pointer] * 3 + [size] * 2 + [real] * 5 + [word] * 2
         self._choose.argtypes = [pointer] * 3 + [size] * 2 + [word] * 2
-        self._forward.restype = self._choose.restype = None
+        self._soft_forward, self._soft_step = library.soft_forward, library.soft_step
+        self._soft_forward.argtypes = [pointer] * 4 + [size] * 3 + [real] * 2
+        self._soft_step.argtypes = [pointer] * 7 + [size] * 3 + [real] * 6
+        self._forward.restype = self._choose.restype = self._soft_forward.restype = self._soft_step.restype = None
         self._backward.restype = ctypes.c_double
         self._pool: ThreadPoolExecutor | None = None
 
-    def _run(self, count: int, call: Any) -> list[Any]:
-        """`call(first, count)` for the parts of all threads; ctypes lets go of Python's lock while C runs."""
-        threads = min(torch.get_num_threads(), max(1, count // _SMALLEST))
+    def _run(self, count: int, call: Any, width: int = 1) -> list[Any]:
+        """`call(first, count)` for the parts of all threads; ctypes lets go of Python's lock while C runs. `width`: elements behind each count."""
+        threads = min(torch.get_num_threads(), count, max(1, count * width // _SMALLEST))
         if threads == 1:
             return [call(0, count)]
         if self._pool is None:
@@ -149,6 +223,55 @@ class Kernels:
                 a.data_ptr(), b.data_ptr(), out.data_ptr(), first, count, _below(share), key
             ),
         )
+        return out
+
+    def soft_weight(self, v: Tensor, base: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+        """A soft weight; see :class:`zsq_deploy.quant.reconstruct.quantizers.RoundedWeight`.
+
+        Args:
+            v: Logits; one row of memory (its first axis) for each scale.
+            base: Integers, laid out in the same way.
+            scale: ``[rows]``.
+            low: Smallest code.
+            high: Largest code.
+        """
+        out = torch.empty_like(v)
+        rows, width = scale.numel(), v.numel() // scale.numel()
+        pointers = [each.data_ptr() for each in (v, base, scale, out)]
+        self._run(rows, lambda first, count: self._soft_forward(*pointers, first, count, width, low, high), width)
+        return out
+
+    def soft_step(
+        self,
+        g: Tensor,
+        v: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        moments: tuple[Tensor, Tensor],
+        limits: tuple[float, float],
+        regulariser: tuple[float, float],
+        rate: float,
+        steps: int,
+    ) -> Tensor:
+        """One step of Adam for the logits (betas 0.9 and 0.999), in place; the gradient of the scales, ``[rows]``.
+
+        Args:
+            g: Gradient of the soft weight, laid out as the logits.
+            v: Logits.
+            base: Integers.
+            scale: ``[rows]``.
+            moments: Adam's running means of the gradient and of its square.
+            limits: Smallest and largest code.
+            regulariser: Strength (0 for none) and beta.
+            rate: Adam's step.
+            steps: Number of this step, from 1.
+        """
+        out = torch.empty_like(scale)
+        rows, width = scale.numel(), v.numel() // scale.numel()
+        strength, beta = regulariser
+        pointers = [each.data_ptr() for each in (g, v, base, scale, *moments, out)]
+        values = (2.0 * strength * beta, beta - 1.0, rate / (1.0 - 0.9**steps), (1.0 - 0.999**steps) ** 0.5)
+        self._run(rows, lambda first, count: self._soft_step(*pointers, first, count, width, *limits, *values), width)
         return out
 
 
