@@ -81,7 +81,8 @@ class CalibrationManifest(_Strict):
         preprocess: How pixels become network inputs (``mean``, ``std``, ``raw_pixels``), as far as it was known.
         device: Where it was computed, ``cpu`` or ``cuda``.
         seconds: Wall time of making it.
-        peak_rss_bytes: Largest resident memory of the process while making it.
+        peak_rss_bytes: Largest resident memory of the process that made it, and of its workers together.
+        peak_gpu_bytes: Most memory that torch held on one GPU; ``None`` on a CPU.
         versions: Versions of what computed it.
         notes: What a user should know (fall-backs, warnings), one sentence each.
         images: Number of images.
@@ -102,6 +103,7 @@ class CalibrationManifest(_Strict):
     device: str = "cpu"
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    peak_gpu_bytes: int | None = None
     versions: dict[str, str] = pydantic.Field(default_factory=lambda: library_versions())
     notes: list[str] = pydantic.Field(default_factory=list)
     images: int = 0

@@ -29,7 +29,7 @@ from zsq_deploy.calib.parts import native
 from zsq_deploy.calib.parts.checkpoint import Checkpoint
 from zsq_deploy.calib.parts.engine import BatchRun, Objective, deterministic
 from zsq_deploy.calib.parts.labels import LabelSpace, find_labels
-from zsq_deploy.calib.parts.memory import steady_memory
+from zsq_deploy.calib.parts.memory import Peak, steady_memory
 from zsq_deploy.calib.parts.network import prepare
 from zsq_deploy.calib.parts.precision import Precision
 from zsq_deploy.calib.parts.priors import InputSpace
@@ -66,6 +66,7 @@ class Run:
         progress: Where to report.
         notes: What a reader of the result should know; lines are added.
         precision: What the network's convolutions and matrix products read.
+        compiled: Compile the network's forward pass.
     """
 
     method: str
@@ -83,6 +84,7 @@ class Run:
     progress: Progress
     notes: list[str]
     precision: Precision = "float32"
+    compiled: bool = False
 
     def recipes(self) -> tuple[Recipe, ...]:
         """The stages of the method."""
@@ -90,11 +92,12 @@ class Run:
         assert make is not None
         return stages(make(self.parameters))
 
-    def optimise(self) -> tuple[Stage, dict[str, Any], float]:
+    def optimise(self) -> tuple[Stage, dict[str, Any], float, Peak]:
         """Make all batches.
 
         Returns:
-            The last stage, whose batches are the images; what is to be said of the run in a manifest; and seconds of computing.
+            The last stage, whose batches are the images; what is to be said of the run in a manifest; seconds of computing; and the most memory that
+            workers held beside this process.
         """
         recipes = self.recipes()
         self.labels(recipes)
@@ -103,17 +106,18 @@ class Run:
             self.progress.say(
                 "no C compiler (cc, gcc, clang) was found: synthesis works, but takes up to twice as long"
             )
-        outcomes, seconds, before = list[dict[str, Any]](), 0.0, None
+        outcomes, seconds, before, peak = list[dict[str, Any]](), 0.0, None, Peak()
         with deterministic(self.device), steady_memory(), Interrupts() as interrupts:
             for number in range(len(recipes)):
                 stage = Stage(self, number, before)
                 outcomes.append(stage.run(interrupts))
                 seconds += sum(plain["seconds"] for plain in stage.plains)
+                peak = peak.or_later(stage.workers)
                 before = stage
         assert before is not None
         if len(outcomes) == 1:
-            return before, outcomes[0], seconds
-        return before, {**outcomes[-1], "earlier_stages": outcomes[:-1]}, seconds
+            return before, outcomes[0], seconds, peak
+        return before, {**outcomes[-1], "earlier_stages": outcomes[:-1]}, seconds, peak
 
     def labels(self, recipes: Sequence[Recipe]) -> LabelSpace | None:
         """The network's classes.
@@ -168,6 +172,7 @@ class Stage:
     Attributes:
         sizes: Images in each batch.
         plains: The numbers of each finished batch.
+        workers: The most memory that workers held.
     """
 
     def __init__(self, run: Run, number: int, before: Stage | None) -> None:
@@ -176,6 +181,7 @@ class Stage:
         self.recipe = recipe = recipes[number]
         self.last = number + 1 == len(recipes)
         self.plains: list[Mapping[str, Any]] = []
+        self.workers = Peak()
         model, spec = run.model, run.model.inputs[0]
         self.shape = spec.with_batch(1)[1:]
         labels = run.labels(recipes)
@@ -223,6 +229,18 @@ class Stage:
             self.sizes = [largest]
         elif recipe.follows and before is not None:
             self.sizes = list(before.sizes)
+        if run.compiled and recipe.steps:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compile the network's forward pass for this stage, or say why not."""
+        run = self.whole
+        if self.recipe.swing:
+            note = f"{run.method}: swing convolution moves maps by other amounts in every step, so this stage is not compiled (--param swing=0 is)"
+            run.notes.append(note)
+            run.progress.say(note)
+            return
+        self.objective.compile((min(self.objective.piece or self.sizes[0], self.sizes[0]), *self.shape))
 
     def _folder(self) -> Path | None:
         folder = self.whole.workdir
@@ -248,6 +266,8 @@ class Stage:
         }
         if run.precision != "float32":
             record["precision"] = run.precision
+        if run.compiled:
+            record["compiled"] = True
         if self.number:
             record["stage"] = self.number
         if run.others:
@@ -271,7 +291,7 @@ class Stage:
             if run.workers > 1 and recipe.remember is None and len(left) > 1:
                 from zsq_deploy.calib.workers import make_batches
 
-                make_batches(self, left, interrupts, task)
+                self.workers = make_batches(self, left, interrupts, task)
             else:
                 if run.workers > 1 and recipe.remember is not None:
                     run.notes.append(f"{run.method} learns from finished batches, so one process made them all")
@@ -293,6 +313,7 @@ class Stage:
             "threads": run.threads,
             "native_loops": self.loops,
             "precision": run.precision,
+            "compiled": run.compiled and not recipe.swing and recipe.steps > 0,
         }
         targets = [plain["targets"] for plain in self.plains if "targets" in plain]
         if targets:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from zsq_deploy.calib.calibration_set import CalibrationSet
 from zsq_deploy.calib.fitting import OWN_INPUTS, advice, fitting
 from zsq_deploy.calib.manifest import CalibrationManifest
 from zsq_deploy.calib.methods import METHODS, Method
+from zsq_deploy.calib.parts.memory import Peak, forget_peak, peak_so_far
 from zsq_deploy.calib.parts.precision import resolved as resolved_precision
 from zsq_deploy.calib.parts.recipe import resolve
 from zsq_deploy.calib.running import Run
@@ -30,6 +29,8 @@ from zsq_deploy.progress import SILENT, Progress
 __all__ = ["synthesize"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+_HERE, _NOBODY = torch.device("cpu"), Peak()
 
 
 def synthesize(
@@ -48,6 +49,7 @@ def synthesize(
     workers: int = 1,
     output: Path | None = None,
     precision: str = "float32",
+    compiled: bool = False,
 ) -> CalibrationSet:
     """Make a calibration set for a network without any data.
 
@@ -68,6 +70,7 @@ def synthesize(
             at a time, and what is in `workdir` is left for the caller to remove.
         precision: ``float32``; ``bfloat16``: convolutions and matrix products of the network read bfloat16, everything else stays float32; ``auto``:
             ``bfloat16`` on a GPU that computes in it.
+        compiled: Make one program of the network's forward pass with `torch.compile`. The images are the same up to rounding.
 
     Returns:
         The set, float32 in the network's input space, with a manifest that says how it was made. Its ``parameters`` hold the
@@ -75,7 +78,7 @@ def synthesize(
 
     Raises:
         UsageError: The method or one of its parameters is unknown, or numbers make no sense.
-        CalibrationError: The method cannot be applied to this network.
+        CalibrationError: The method cannot be applied to this network, or the network cannot be compiled.
         InterruptedRunError: The user interrupted; the state is kept in `workdir`.
         StaleArtifactError: `resume` with a `workdir` of another run.
     """
@@ -104,6 +107,7 @@ def synthesize(
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width = resolved_precision(precision, place)
     started, notes = time.monotonic(), list[str]()
+    forget_peak(place)
     requested: str | None = None
     if chosen.needs_bn:
         if model.batch_norms():
@@ -162,8 +166,9 @@ def synthesize(
             progress=progress,
             notes=notes,
             precision=width,
+            compiled=compiled,
         )
-        stage, outcome, seconds = run.optimise()
+        stage, outcome, seconds, workers = run.optimise()
         manifest = CalibrationManifest.of(
             model,
             method=chosen.name,
@@ -173,7 +178,8 @@ def synthesize(
             notes=notes,
         )
         spec = model.inputs[0]
-        made = _collect(({spec.name: part} for part in stage.images()), output, manifest, started, seconds=seconds)
+        images_made = ({spec.name: part} for part in stage.images())
+        made = _collect(images_made, output, manifest, started, seconds=seconds, device=place, workers=workers)
         if output is None:
             stage.forget()
         return made
@@ -186,24 +192,27 @@ def _collect(
     started: float,
     *,
     seconds: float | None = None,
+    device: torch.device = _HERE,
+    workers: Peak = _NOBODY,
 ) -> CalibrationSet:
     """The pieces as one set, in memory or in a folder."""
+
+    def fields() -> dict[str, Any]:
+        peak = peak_so_far(device).beside(workers)
+        took = time.monotonic() - started if seconds is None else seconds
+        return {"seconds": took, "peak_rss_bytes": peak.host, "peak_gpu_bytes": peak.gpu}
+
     if output is not None:
         with CalibrationWriter(output, manifest, force=True) as writer:
             for piece in pieces:
                 writer.append(piece)
-            return writer.finish(seconds=_seconds(seconds, started), peak_rss_bytes=_peak_rss())
+            return writer.finish(**fields())
     held: dict[str, list[np.ndarray[Any, Any]]] = {}
     for piece in pieces:
         for name, array in piece.items():
             held.setdefault(name, []).append(array)
     arrays = {name: np.concatenate(parts) for name, parts in held.items()}
-    fields = {"seconds": _seconds(seconds, started), "peak_rss_bytes": _peak_rss()}
-    return CalibrationSet.from_arrays(arrays, manifest.model_copy(update=fields))
-
-
-def _seconds(computed: float | None, started: float) -> float:
-    return time.monotonic() - started if computed is None else computed
+    return CalibrationSet.from_arrays(arrays, manifest.model_copy(update=fields()))
 
 
 def _single_image_input(model: Model, method: str) -> TensorSpec:
@@ -244,8 +253,3 @@ def _draw(method: Method, model: Model, images: int, seed: int, progress: Progre
                 for stream, spec in enumerate(model.inputs)
             }
             task.advance(count)
-
-
-def _peak_rss() -> int:
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -20,7 +20,7 @@ import torch
 
 from zsq_deploy import errors
 from zsq_deploy.calib.parts.engine import deterministic
-from zsq_deploy.calib.parts.memory import steady_memory
+from zsq_deploy.calib.parts.memory import Peak, forget_peak, peak_so_far, steady_memory
 from zsq_deploy.calib.running import Run, Stage, Stop, interrupted
 from zsq_deploy.errors import CalibrationError, InterruptedRunError, ZsqError
 from zsq_deploy.progress import SILENT, Task
@@ -54,8 +54,11 @@ class _Event:
         return bool(self._event.is_set())
 
 
-def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: Task) -> None:
+def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: Task) -> Peak:
     """Make batches `indices` of a stage in the run's number of processes.
+
+    Returns:
+        The memory that they held, all together.
 
     Raises:
         InterruptedRunError: The user wants to stop; what was done is kept.
@@ -74,7 +77,7 @@ def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: T
         for number in range(count)
     ]
     failed: BaseException | None = None
-    stopped = False
+    stopped, peak = False, Peak()
     try:
         for worker in workers:
             worker.start()
@@ -96,6 +99,7 @@ def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: T
                 task.advance(message[1], **message[2])
             elif message[0] == "end":
                 ended += 1
+                peak = peak.beside(message[1])
             elif message[0] == "interrupted":
                 stopped, ended = True, ended + 1
             else:
@@ -112,6 +116,7 @@ def make_batches(stage: Stage, indices: Sequence[int], interrupts: Stop, task: T
         raise failed
     if stopped or interrupts.asked:
         raise interrupted(f"with {count} workers", stage.checkpoint)
+    return peak
 
 
 def _packed(run: Run) -> Run:
@@ -128,6 +133,7 @@ def _work(run: Run, number: int, worker: int, todo: Any, messages: Any, stop: An
         if str(device) == "cuda" and torch.cuda.device_count() > 1:  # no number: take turns
             device = torch.device("cuda", worker % torch.cuda.device_count())
         run = replace(run, device=device, parameters=MappingProxyType(dict(run.parameters)))
+        forget_peak(device)
         with deterministic(device), steady_memory():
             stage: Stage | None = None
             for at in range(number + 1):
@@ -139,7 +145,7 @@ def _work(run: Run, number: int, worker: int, todo: Any, messages: Any, stop: An
                 except queue.Empty:
                     break
                 stage.make(index, _Event(stop), _Said(messages))
-        messages.put(("end",))
+        messages.put(("end", peak_so_far(device)))
     except InterruptedRunError:
         messages.put(("interrupted",))
     except ZsqError as error:

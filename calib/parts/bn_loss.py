@@ -221,8 +221,10 @@ class BNMatcher:
         """The values that are looked at, each once."""
         return self._values
 
-    def taps(self, store: dict[str, Observed]) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Functions for a twin's ``run(taps=...)`` that measure each value into `store` and pass it on."""
+    def taps(
+        self, store: dict[str, Observed], watching: Callable[..., tuple[Tensor, Tensor, Tensor]] = watch
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Functions for a twin's ``run(taps=...)`` that measure each value into `store`, by `watching` it, and pass it on."""
         held: dict[str, Tensor] = {}
 
         def tap(name: str) -> Callable[[Tensor], Tensor]:
@@ -233,7 +235,7 @@ class BNMatcher:
                 # One number per image and channel has no spread: such a layer is matched over the batch.
                 per_sample = self.loss.per_sample and count_of(y.shape, True) > 1
                 y = y.to(self._dtype)  # of a convolution in mixed precision
-                passed, mean, var = watch(
+                passed, mean, var = watching(
                     y,
                     per_sample=per_sample,
                     unbiased=self.loss.unbiased,

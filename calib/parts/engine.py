@@ -20,6 +20,7 @@ from torch import Tensor
 from zsq_deploy.calib.parts.all_images import MomentTable
 from zsq_deploy.calib.parts.augment import Plan
 from zsq_deploy.calib.parts.bn_loss import SLACK, BNLayer, BNMatcher, Observed
+from zsq_deploy.calib.parts.compiled import CompiledNetwork, not_compiled
 from zsq_deploy.calib.parts.labels import Targets, uniform
 from zsq_deploy.calib.parts.moments import watch
 from zsq_deploy.calib.parts.network import SynthesisNetwork
@@ -236,11 +237,33 @@ class Objective:
             each = recipe.loss.per_sample
             seen, mean, var = watch(seen, per_sample=each, unbiased=recipe.loss.unbiased)
             store[_INPUT] = Observed(mean, var)
+        fed = self.space.to_network(seen)
         with mixed(self.precision, self.device):
-            values = self.twin.run({self._input: self.space.to_network(seen)}, fetch=self.fetch, taps=taps)
+            if self._compiled is not None and torch.is_grad_enabled():
+                values = self._compiled.run(fed, store)
+            else:
+                values = self.twin.run({self._input: fed}, fetch=self.fetch, taps=taps)
         if self.precision != "float32":  # terms count in full precision
             values = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in values.items()}
         return _Seen(images, seen, values, store, inputs)
+
+    def compile(self, shape: tuple[int, ...]) -> None:
+        """Compile the network's forward pass, for images of this shape first; not for a stage with swing convolution.
+
+        Raises:
+            CalibrationError: It cannot be compiled.
+        """
+        if self.recipe.swing:
+            raise ValueError("swing convolution is another program in every step")
+        self._compiled = CompiledNetwork(self.twin, self._input, self.fetch, self.matcher)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        try:
+            self.losses(images.requires_grad_(), self.rehearsal(shape)).total.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever a compiler and what it starts may raise
+            self._compiled = None
+            raise not_compiled(error) from error
 
     def rehearsal(self, shape: tuple[int, ...]) -> Scene:
         """Choices for a first look at images of this shape, from a fixed seed."""
@@ -321,6 +344,7 @@ class Objective:
         return {name: torch.cat([piece[name] for piece in pieces]) for name in names}
 
     _plain: Any = None
+    _compiled: CompiledNetwork | None = None
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from zsq_deploy.calib.parts import native
 
-__all__ = ["Follow", "count_of", "reduced_axes", "watch"]
+__all__ = ["Follow", "count_of", "reduced_axes", "watch", "watch_plainly"]
 
 
 def reduced_axes(rank: int, per_sample: bool) -> tuple[int, ...]:
@@ -68,6 +68,34 @@ def watch(
     passed, mean, var = _Watch.apply(  # type: ignore[no-untyped-call]
         y, addend, scale, shift, per_sample, unbiased, bounds, own_gradient
     )
+    return passed, mean, var
+
+
+def watch_plainly(
+    y: Tensor,
+    *,
+    per_sample: bool,
+    unbiased: bool,
+    affine: tuple[Tensor, Tensor] | None = None,
+    addend: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+    own_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as :func:`watch` in torch's own operators, which a compiler can look into."""
+    del own_gradient
+    axes, count = reduced_axes(y.dim(), per_sample), count_of(y.shape, per_sample)
+    mean = y.mean(axes) if axes else y
+    away = (y - _channels(mean, y.dim())).square()
+    var = (away.sum(axes) if axes else away) / max(count - 1 if unbiased else count, 1)
+    passed = y
+    if affine is not None:
+        scale, shift = (_channels(part, y.dim()) for part in affine)
+        passed = passed * scale + shift
+    if addend is not None:
+        passed = passed + addend
+    if bounds is not None:
+        low, high = bounds
+        passed = torch.relu(passed) if bounds == (0.0, math.inf) else passed.clamp(low, high)
     return passed, mean, var
 
 

@@ -40,6 +40,8 @@ def test_workers_make_the_same_bits_and_go_on_where_they_were_stopped(tmp_path: 
     together = synthesize(small(), workers=2, progress=watching, **COMMON)
     assert together.digest == alone.digest
     assert together.manifest.parameters["outcome"]["threads"] == 1
+    # two interpreters more, each with torch and the network
+    assert together.manifest.peak_rss_bytes > alone.manifest.peak_rss_bytes + 2 * 100 * 2**20
     assert watching.steps == watching.total == 4 * 7
     assert {values["batch"] for values in watching.values} == {"1/4", "2/4", "3/4", "4/4"}
 

@@ -296,6 +296,16 @@ def test_the_page_says_where_the_calibration_set_came_from(method, images, said)
     assert ("No training data" in text or "No image" in text) == (method != "real")
 
 
+def test_the_page_says_how_much_memory_synthesis_took():
+    value = slim()
+    value["calibration"].update(peak_rss_bytes=812_000_000, peak_gpu_bytes=None)
+    text = " ".join(" ".join(Checker(render_html(parse(value))).text).split())
+    assert "Peak memory 812 MB" in text
+    assert "Peak memory of the GPU" not in text
+    value["calibration"]["peak_gpu_bytes"] = 3_400_000_000
+    assert "Peak memory of the GPU 3.4" in " ".join(" ".join(Checker(render_html(parse(value))).text).split())
+
+
 def test_a_slow_and_large_engine_is_not_praised():
     value = slim()
     target = value["targets"]["ort-x86-vnni"]

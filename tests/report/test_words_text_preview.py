@@ -84,6 +84,13 @@ def test_the_summary_says_what_matters():
     assert "not kept  ort-x86-avx2: speed-up" in text
 
 
+def test_the_memory_of_synthesis_is_said():
+    value = sample.report().to_json()
+    assert "812 MB" in printed(parse(value)).replace("\u00a0", " ")
+    value["calibration"]["peak_gpu_bytes"] = 3_400_000_000
+    assert "812 MB, 3.40 GB on the GPU" in printed(parse(value)).replace("\u00a0", " ")
+
+
 def test_the_summary_takes_names_as_they_are():
     value = sample.report().to_json()
     value["targets"] = {"[red]odd[/red]": value["targets"]["ort-x86-vnni"]}

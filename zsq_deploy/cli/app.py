@@ -201,6 +201,7 @@ def synth(
     """
     from zsq_deploy.calib.quality import lines
     from zsq_deploy.pipeline.stages import synthesize_set
+    from zsq_deploy.report.words import bytes_text
 
     recipe = recipe_from(said)
     made = synthesize_set(
@@ -218,7 +219,12 @@ def synth(
         advice = made.recommendation.to_json() if made.recommendation else None
         print_json({**manifest.model_dump(mode="json"), "quality": made.quality.to_json(), "recommendation": advice})
     else:
-        sys.stdout.write(f"{len(made.images)} {manifest.method} images in {manifest.seconds:.1f} s: {output}\n")
+        peak = bytes_text(manifest.peak_rss_bytes)
+        if manifest.peak_gpu_bytes is not None:
+            peak += f" and {bytes_text(manifest.peak_gpu_bytes)} of the GPU"
+        sys.stdout.write(
+            f"{len(made.images)} {manifest.method} images in {manifest.seconds:.1f} s with {peak} of memory: {output}\n"
+        )
         for reason in made.recommendation.reasons if made.recommendation else ():
             sys.stdout.write(f"auto: {reason}\n")
         for line in lines(made.quality):

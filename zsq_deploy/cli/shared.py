@@ -64,6 +64,7 @@ IMAGES = _shared(
     also=(o.AlsoOpt, None),
     workers=(o.WorkersOpt, 1),
     image_precision=(o.ImagePrecisionOpt, "float32", "precision"),
+    compile=(o.CompileOpt, False),
 )
 """How calibration images are made."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ def make_images(
     others: Sequence[Model] = (),
     workers: int = 1,
     precision: str = "float32",
+    compiled: bool = False,
     progress: Progress = SILENT,
 ) -> Images:
     """Synthesize `images` + `holdout` inputs, or split a set that the user hands over.
@@ -99,6 +101,7 @@ def make_images(
         others: Further networks that the images are to fit, see :func:`other_networks`.
         workers: Processes that make images at the same time.
         precision: What the network's convolutions read meanwhile: ``float32``, ``bfloat16``, ``auto``.
+        compiled: Compile its forward pass.
         progress: Where to report.
     """
     started = time.monotonic()
@@ -122,6 +125,8 @@ def make_images(
         # No images calibrate, but something has to be looked at to estimate the quality.
         kept_set = synthesize(model, method="fractal", images=holdout, seed=seed + 1, device=device, progress=progress)
         return Images(None, kept_set, method, time.monotonic() - started, _notes_without_images())
+    if workdir is not None:
+        _check_room(model, images + holdout, workdir)
     whole = synthesize(
         model,
         method=method,
@@ -135,6 +140,7 @@ def make_images(
         others=others,
         workers=workers,
         precision=precision,
+        compiled=compiled,
         output=None if workdir is None else workdir / "set",
     )
     return Images(
@@ -144,6 +150,23 @@ def make_images(
         time.monotonic() - started,
         tuple(whole.manifest.notes),
     )
+
+
+def _check_room(model: Model, images: int, workdir: Path) -> None:
+    """Refuse a set that the disk cannot hold before it is made: the finished images and, beside them, the set that is kept.
+
+    Raises:
+        UsageError: There is not enough room.
+    """
+    place = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.is_dir())
+    each = sum(math.prod(spec.with_batch(1)) * spec.dtype.itemsize for spec in model.inputs)
+    needed, free = 2 * images * each, shutil.disk_usage(place).free
+    if needed > free:
+        raise UsageError(
+            f"{images} images need {needed / 2**30:.3g} GiB on disk while they are made, and {free / 2**30:.3g} GiB are free",
+            where=str(place),
+            remedy=f"ask for fewer (--images; at most {max(0, free // (2 * each))} fit), or choose a folder on a larger disk (-o)",
+        )
 
 
 def other_networks(spec: CalibrationSection, model: Model) -> tuple[Model, ...]:
@@ -214,6 +237,7 @@ def images_in(
         others=other_networks(spec, model),
         workers=spec.workers,
         precision=spec.precision,
+        compiled=spec.compile,
         progress=progress,
     )
     calibration = images.calibration

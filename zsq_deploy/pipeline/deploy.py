@@ -29,7 +29,7 @@ from zsq_deploy.report.html import write as write_html
 from zsq_deploy.report.preview import contact_sheet
 from zsq_deploy.report.schema import Report
 from zsq_deploy.report.schema import save as save_report
-from zsq_deploy.verify import Gates, peak_rss_bytes
+from zsq_deploy.verify import Gates
 
 __all__ = [
     "LEARNED",
@@ -203,7 +203,6 @@ def deploy(
         root = folder.path
         recipe.dump(root / "recipe.resolved.yaml")
         images, measured = images_and_ranges(root, model, recipe, resume=resume, progress=progress)
-        peak_rss = peak_rss_bytes()
         quality = set_quality(model, images, measured, recipe, data, progress=progress)
         validation = validation_data(recipe, model, images.holdout, classes=classes_of(model))
         evidence = Evidence(data, judged_images(recipe, images.holdout))
@@ -230,7 +229,7 @@ def deploy(
                 "seconds": time.monotonic() - started,
                 "model": model_section(model),
                 "calibration": {
-                    **calibration_section(model, images, measured, recipe, peak_rss),
+                    **calibration_section(model, images, measured, recipe),
                     "quality": quality,
                     "recommendation": advice.to_json() if advice is not None else None,
                 },
@@ -298,9 +297,7 @@ def model_section(model: Model) -> dict[str, Any]:
     }
 
 
-def calibration_section(
-    model: Model, images: Images, measured: MeasuredRanges, recipe: Recipe, peak_rss: int
-) -> dict[str, Any]:
+def calibration_section(model: Model, images: Images, measured: MeasuredRanges, recipe: Recipe) -> dict[str, Any]:
     """``calibration`` of the report."""
     shown = images.calibration if images.calibration is not None else None
     manifest = shown.manifest if shown is not None else None
@@ -327,7 +324,8 @@ def calibration_section(
         "method": images.method,
         "images": len(shown) if shown is not None else 0,
         "seconds": images.seconds,
-        "peak_rss_bytes": peak_rss,
+        "peak_rss_bytes": (manifest.peak_rss_bytes or None) if manifest is not None else None,
+        "peak_gpu_bytes": manifest.peak_gpu_bytes if manifest is not None else None,
         "device": manifest.device if manifest is not None and manifest.device else "cpu",
         "seed": recipe.calibration.seed,
         "digest": shown.digest if shown is not None else "",

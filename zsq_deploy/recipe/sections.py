@@ -82,6 +82,10 @@ class CalibrationSection(Section):
         default="float32",
         description="What convolutions read while images are made; bfloat16 is meant for GPUs, auto takes it where there is one.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Make one program of the network's forward pass with torch.compile while images are made; needs a C++ compiler, on a GPU Triton.",
+    )
     holdout: int = Field(
         default=64,
         ge=0,

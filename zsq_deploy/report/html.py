@@ -293,6 +293,7 @@ def _calibration_facts(report: Report) -> list[tuple[str, str]]:
         ("Images", words.count(calibration.images)),
         ("Time", words.seconds(calibration.seconds)),
         ("Peak memory", words.bytes_text(calibration.peak_rss_bytes)),
+        ("Peak memory of the GPU", words.bytes_text(calibration.peak_gpu_bytes)),
         ("Device", calibration.device),
         ("Seed", _value(calibration.seed)),
         ("Ranges", calibration.range_method),

@@ -115,7 +115,12 @@ class CalibrationSection(Section):
     method: str = Field(description="Synthesis method, `zeroq`, `genie`, `gaussian`, ..., or `real`.")
     images: Count = Field(description="Number of images; 0 for a method without images (`bn-analytic`).")
     seconds: Amount = Field(description="Wall-clock seconds that making the set took.")
-    peak_rss_bytes: Count | None = Field(None, description="Largest resident memory while the set was made.")
+    peak_rss_bytes: Count | None = Field(
+        None, description="Largest resident memory while the set was made, that of all worker processes together."
+    )
+    peak_gpu_bytes: Count | None = Field(
+        None, description="Most memory that was held on one GPU meanwhile; `null` on a CPU."
+    )
     device: str = Field("", description="Where it was made, `cpu` or `cuda`.")
     seed: int | None = Field(None, description="Seed; the same seed on the same device gives the same set.")
     digest: str = Field("", description="Digest of the set.")

@@ -74,6 +74,8 @@ def summary(report: Report) -> RenderableType:
     head.append(f" in {words.seconds(calibration.seconds)}")
     if calibration.peak_rss_bytes:
         head.append(f", {words.bytes_text(calibration.peak_rss_bytes)}")
+    if calibration.peak_gpu_bytes:
+        head.append(f", {words.bytes_text(calibration.peak_gpu_bytes)} on the GPU")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     for name in report.targets:

@@ -116,6 +116,14 @@ ImagePrecisionOpt = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
+CompileOpt = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Make one program of the network with torch.compile while images are made (needs a C++ compiler, on a GPU Triton).",
+        rich_help_panel=_IMAGES,
+    ),
+]
 DeviceOpt = Annotated[
     str | None,
     typer.Option(
