@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,11 @@ _SOURCE = r"""
 #include <math.h>
 #include <stddef.h>
 
-void round_forward(const float *restrict x, float *restrict out, float scale, float zero, float low, float high, ptrdiff_t n)
+void round_forward(const float *restrict x, float *restrict out, float scale, float zero, float low, float high, float least,
+                   ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
-        float code = rintf(x[i] / scale) + zero;
+        float code = rintf((x[i] > least ? x[i] : least) / scale) + zero;
         code = code < low ? low : code;
         code = code > high ? high : code;
         out[i] = (code - zero) * scale;
@@ -45,11 +47,11 @@ void round_forward(const float *restrict x, float *restrict out, float scale, fl
 }
 
 void round_backward(const float *restrict gradient, const float *restrict x, float *restrict out, float scale, float zero,
-                    float low, float high, ptrdiff_t n)
+                    float low, float high, float least, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
         float code = rintf(x[i] / scale) + zero;
-        out[i] = (code >= low) & (code <= high) ? gradient[i] : 0.0f;
+        out[i] = (code >= low) & (code <= high) & (x[i] > least) ? gradient[i] : 0.0f;
     }
 }
 """
@@ -57,22 +59,24 @@ void round_backward(const float *restrict gradient, const float *restrict x, flo
 
 @dataclass(frozen=True)
 class Rounding:
-    """A tensor's way to codes and back: ``(clamp(rint(x / scale) + zero, low, high) - zero) * scale``.
+    """A tensor's way to codes and back: ``(clamp(rint(max(x, least) / scale) + zero, low, high) - zero) * scale``.
 
     Attributes:
         scale: Distance of two codes.
         zero: The code of 0.
         low: Least code.
         high: Greatest code.
+        least: What a rectifier in front leaves at least: 0, or minus infinity without one.
     """
 
     scale: float
     zero: float
     low: float
     high: float
+    least: float = -math.inf
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The values that the codes of `x` stand for; the gradient goes through where no code is cut off."""
+        """The values that the codes of `x` stand for; the gradient goes through where nothing is cut off."""
         made: Tensor = _Round.apply(x, self)  # type: ignore[no-untyped-call]
         return made
 
@@ -86,7 +90,8 @@ class _Round(torch.autograd.Function):
         if _native(x):
             _shared_out("round_forward", (x, out), rule)
             return out
-        code = torch.div(x, x.new_tensor(rule.scale), out=out).round_().add_(rule.zero).clamp_(rule.low, rule.high)
+        torch.clamp(x, min=rule.least, out=out)
+        code = out.div_(x.new_tensor(rule.scale)).round_().add_(rule.zero).clamp_(rule.low, rule.high)
         return code.sub_(rule.zero).mul_(rule.scale)
 
     @staticmethod
@@ -100,7 +105,7 @@ class _Round(torch.autograd.Function):
             _shared_out("round_backward", (gradient if same else torch.empty_like(x).copy_(gradient), x, out), rule)
             return out, None
         code = torch.div(x, x.new_tensor(rule.scale)).round_().add_(rule.zero)
-        return torch.where((code >= rule.low) & (code <= rule.high), gradient, 0.0), None
+        return torch.where((code >= rule.low) & (code <= rule.high) & (x > rule.least), gradient, 0.0), None
 
 
 def _native(x: Tensor) -> bool:
@@ -114,8 +119,8 @@ def _loops() -> ctypes.CDLL | None:
     library = compile_loops(_SOURCE, ("-O3", "-fno-math-errno", "-fno-trapping-math"))
     if library is not None:
         pointer, real = ctypes.c_void_p, ctypes.c_float
-        library.round_forward.argtypes = [pointer] * 2 + [real] * 4 + [ctypes.c_ssize_t]
-        library.round_backward.argtypes = [pointer] * 3 + [real] * 4 + [ctypes.c_ssize_t]
+        library.round_forward.argtypes = [pointer] * 2 + [real] * 5 + [ctypes.c_ssize_t]
+        library.round_backward.argtypes = [pointer] * 3 + [real] * 5 + [ctypes.c_ssize_t]
         library.round_forward.restype = library.round_backward.restype = None
     return library
 
@@ -125,7 +130,9 @@ def _shared_out(name: str, tensors: tuple[Tensor, ...], rule: Rounding) -> None:
     function, starts = getattr(_loops(), name), [tensor.data_ptr() for tensor in tensors]
 
     def call(_thread: int, first: int, count: int) -> None:
-        function(*(start + 4 * first for start in starts), rule.scale, rule.zero, rule.low, rule.high, count)
+        function(
+            *(start + 4 * first for start in starts), rule.scale, rule.zero, rule.low, rule.high, rule.least, count
+        )
 
     watch = native.kernels()
     if watch is None:
@@ -138,7 +145,7 @@ def fused(graph: Graph) -> tuple[Graph, dict[str, Rounding], tuple[str, ...]]:
     """Take the pairs of quantizers with one constant scale out of a Q/DQ graph, and name what is computed of constants alone.
 
     Returns:
-        The graph, in which an Identity stands for each pair; the rounding of each Identity's output; and the values that dequantize constants.
+        The graph, in which an Identity stands for each pair, and for a Relu that it alone reads; the rounding of each Identity's output; and the values that dequantize constants.
     """
     roundings: dict[str, Rounding] = {}
     pairs: dict[str, tuple[str, Rounding]] = {}  # codes -> what stands for them, and what its rounding is
@@ -146,7 +153,11 @@ def fused(graph: Graph) -> tuple[Graph, dict[str, Rounding], tuple[str, ...]]:
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
         if node.op_type == "QuantizeLinear" and (rule := _rounding(graph, node)) is not None:
-            pairs[node.output[0]] = node.input[0], rule
+            source, maker = node.input[0], graph.producer(node.input[0])
+            if maker is not None and maker.op_type == "Relu" and _alone(graph, source):
+                nodes = [other for other in nodes if other.name != maker.name]
+                source, rule = maker.input[0], replace(rule, least=0.0)
+            pairs[node.output[0]] = source, rule
             continue
         if node.op_type == "DequantizeLinear":
             if all(graph.constant(name) is not None for name in node.input if name):
@@ -164,6 +175,11 @@ def fused(graph: Graph) -> tuple[Graph, dict[str, Rounding], tuple[str, ...]]:
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
     return Graph(proto), roundings, tuple(fixed)
+
+
+def _alone(graph: Graph, value: str) -> bool:
+    """Whether one node reads a value, and nobody else."""
+    return len(graph.consumers(value)) == 1 and not graph.is_output(value)
 
 
 def _rounding(graph: Graph, quantize: onnx.NodeProto) -> Rounding | None:

@@ -17,8 +17,8 @@ def _constant(name: str, values: object, kind: type) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(values, kind), name)
 
 
-def quantized(*, codes_out: bool = False, per_channel: bool = False) -> Graph:
-    """x -> Q -> two DQ -> conv with dequantized weights, + the second DQ; 4-bit activations as unsigned codes."""
+def quantized(*, codes_out: bool = False, per_channel: bool = False, relu: str = "") -> Graph:
+    """x (-> Relu) -> Q -> two DQ -> conv with dequantized weights, + the second DQ; 4-bit activations as unsigned codes."""
     random = np.random.default_rng(0)
     constants = [
         _constant("s", [0.1, 0.2, 0.3] if per_channel else 0.13, np.float32),
@@ -29,14 +29,18 @@ def quantized(*, codes_out: bool = False, per_channel: bool = False) -> Graph:
     ]
     axis = {"axis": 1} if per_channel else {}
     nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize", **axis),
+        helper.make_node("QuantizeLinear", ["r" if relu else "x", "s", "z"], ["q"], "quantize", **axis),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["a"], "first", **axis),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["b"], "second", **axis),
         helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["weight"], "weights", axis=0),
         helper.make_node("Conv", ["a", "weight"], ["c"], "conv", pads=[1] * 4),
         helper.make_node("Add", ["c", "b"], ["y"], "add"),
     ]
+    if relu:
+        nodes.insert(0, helper.make_node("Relu", ["x"], ["r"], "relu"))
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, 6, 5])]
+    if relu == "read":
+        outputs.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, ["N", 3, 6, 5]))
     if codes_out:
         outputs.append(helper.make_tensor_value_info("q", TensorProto.UINT8, ["N", 3, 6, 5]))
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 6, 5])]
@@ -53,15 +57,17 @@ def _images(layout: torch.memory_format = torch.contiguous_format) -> torch.Tens
 
 @pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("relu", ["", "alone", "read"])
 def test_a_quantized_graph_computes_the_same(
-    loops: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    loops: bool, layout: torch.memory_format, relu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not loops:
         monkeypatch.setattr(rounding, "_loops", lambda: None)
-    graph, x, again = quantized(), _images(layout), _images(layout)
+    graph, x, again = quantized(relu=relu), _images(layout), _images(layout)
     expected = Twin(graph, device="cpu").run({"x": x}, fetch=("y", "b"))
     twin, taps = rounded_twin(graph, torch.float32, torch.device("cpu"))
-    assert [node.op_type for node in twin.graph] == ["Identity", "Identity", "Conv", "Add"]
+    front = ["Relu"] if relu == "read" else []
+    assert [node.op_type for node in twin.graph] == [*front, "Identity", "Identity", "Conv", "Add"]
     found = twin.run({"x": again}, fetch=("y", "b"), taps=taps)
     assert torch.equal(found["b"], expected["b"])
     torch.testing.assert_close(found["y"], expected["y"], rtol=1e-6, atol=1e-6)
@@ -71,6 +77,8 @@ def test_a_quantized_graph_computes_the_same(
     assert x.grad is not None
     assert again.grad is not None
     cut = (np.rint(x.detach().numpy() / np.float32(0.13)) + 3 < 0) | (x.detach().numpy() / 0.13 > 252.5)
+    if relu:
+        cut |= x.detach().numpy() <= 0
     assert 0 < cut.sum() < cut.size
     assert not again.grad.numpy()[cut].any()
     torch.testing.assert_close(again.grad, x.grad, rtol=1e-5, atol=1e-5)
