@@ -206,3 +206,51 @@ def test_what_is_no_colour_picture_has_no_mirror_image():
     spectra = Spectra()
     assert with_mirror_images(spectra) is spectra
     assert with_shifted_images(spectra, 2, seed=0) is spectra
+
+
+def test_gradients_are_the_same_however_many_images_go_through_at_a_time(model, data):
+    template, _, state = start(model, data, "w3a3", "ends-8bit", device=torch.device("cpu"))
+    runner = Runner(template, torch.device("cpu"))
+    tuner = Tuner(runner, state, SHORT, seed=1, axes=runner.batch_axes({"image": (3, 12, 12)}))
+    chosen = np.array([0, 3, 4, 7, 11, 20, 21, 40, 41, 47, 30])
+    with Cache(len(data)) as cache:
+        cache.put("x:image", 0, torch.from_numpy(data.arrays()["image"].copy()))
+        tuner._teach(cache, len(data))
+        leaves = [part.steps for part in tuner.parts] + [part.factor for part in tuner.parts]
+        leaves += [part.bias_shift for part in tuner.parts if part.bias_shift is not None]
+        leaves += list(tuner.factors.values())
+
+        # as a whole, through torch's own graph
+        found = tuner.outputs({"image": cache.take("x:image", chosen)})
+        losses = [
+            output_error(found[name], cache.take(f"t:{name}", chosen), unit) for name, unit in tuner.units.items()
+        ]
+        wanted = torch.autograd.grad(sum(losses), leaves)
+        for piece in (11, 4, 1):
+            for leaf in leaves:
+                leaf.grad = None
+            value = tuner.accumulate(cache, chosen, piece)
+            assert value == pytest.approx(float(sum(losses).detach()), rel=1e-5)
+            for leaf, gradient in zip(leaves, wanted, strict=True):
+                torch.testing.assert_close(
+                    leaf.grad, gradient, rtol=2e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-9
+                )
+        assert any(gradient.abs().max() > 0 for gradient in wanted)
+
+
+def test_large_activations_go_through_in_small_pieces(model, data, monkeypatch):
+    template, _, state = start(model, data, "w4a4", "ends-8bit", device=torch.device("cpu"))
+    runner = Runner(template, torch.device("cpu"))
+    tuner = Tuner(runner, state, SHORT, seed=1, axes=runner.batch_axes({"image": (3, 12, 12)}))
+    with Cache(len(data)) as cache:
+        cache.put("x:image", 0, torch.from_numpy(data.arrays()["image"].copy()))
+        assert tuner.piece(cache) == SHORT.batch
+        size = runner.activation_bytes({"image": cache.take("x:image", np.arange(1))})
+        assert runner.activation_bytes({"image": cache.take("x:image", np.arange(4))}) == pytest.approx(
+            4 * size, rel=0.01
+        )
+        assert size > 5 * 8 * 12 * 12 * 4  # some planes of the full size
+        monkeypatch.setattr("zsq_deploy.quant.reconstruct.tuning._HELD", 5 * size + 1)
+        assert tuner.piece(cache) == 5
+        monkeypatch.setattr("zsq_deploy.quant.reconstruct.tuning._HELD", 1)
+        assert tuner.piece(cache) == 1

@@ -80,6 +80,24 @@ class Runner:
             axes[name] = different[0] if len(different) == 1 and same == len(small) - 1 else None
         return axes
 
+    def activation_bytes(self, inputs: Mapping[str, Tensor]) -> int:
+        """Bytes of all values that the network computes from some images.
+
+        Args:
+            inputs: Images by input name.
+        """
+        total = 0
+
+        def add(x: Tensor) -> None:
+            nonlocal total
+            if isinstance(x, Tensor):
+                total += x.numel() * x.element_size()
+
+        data = [name for node in self.template.plain.nodes for name in node.output if name in self.twin._producer]
+        with torch.no_grad():
+            self.twin.run(inputs, fetch=(), taps=dict.fromkeys(data, add))
+        return total
+
     def _run(self, feeds: Mapping[str, Tensor], fetch: Sequence[str], taps: Mapping[str, Tap]) -> dict[str, Tensor]:
         return self.twin.run(feeds, fetch=tuple(fetch), taps=taps)
 

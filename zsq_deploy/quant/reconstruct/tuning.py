@@ -30,7 +30,9 @@ from zsq_deploy.quant.reconstruct.template import Layer
 
 __all__ = ["SteppedWeight", "Tuner", "output_error"]
 
+_TAUGHT = 16  # images that go through the float network at a time
 _SHOWN = 20  # steps between two reports
+_HELD = 1 << 28  # bytes of all values of the network, for as many images as go through it together
 _INSIDE = 0.45  # how far from the middle of its cell a code may start, in steps
 
 
@@ -164,8 +166,8 @@ class Tuner:
             shift,
         )
 
-    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The quantized network's outputs, differentiable."""
+    def constants(self) -> dict[str, Tensor]:
+        """Weights and biases on their grids, differentiable."""
         constants: dict[str, Tensor] = {}
         for part in self.parts:
             constants[part.layer.weight] = SteppedWeight.apply(  # type: ignore[no-untyped-call]
@@ -174,13 +176,60 @@ class Tuner:
             if part.bias is not None and part.bias_unit is not None and part.bias_shift is not None:
                 bias = part.bias + part.bias_shift * part.bias_unit
                 constants[part.layer.bias] = on_grid(bias, self._bias_step(part)) if part.layer.integer_bias else bias
+        return constants
+
+    def outputs(self, inputs: Mapping[str, Tensor], constants: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The quantized network's outputs, differentiable.
+
+        Args:
+            inputs: Images.
+            constants: Weights and biases; by default :meth:`constants`.
+        """
         rounding = {}
         for site in self.sites:
             activation = self.state.activations[site.group]
             scale = self.factors[site.group] * activation.scale
             limits = activation.limits(site.floor, site.ceiling)
             rounding[site.output] = lambda x, scale=scale, limits=limits: round_activation(x, scale, limits)
-        return self.runner.learning(self.block, inputs, constants, rounding)
+        return self.runner.learning(self.block, inputs, self.constants() if constants is None else constants, rounding)
+
+    def accumulate(self, cache: Cache, chosen: np.ndarray[Any, Any], piece: int) -> float:
+        """Add the gradients of a batch's loss to those of everything that is tuned.
+
+        Activations of a whole network take much memory; those of a few images at a time do not, and the gradients of weights and biases
+        are added up before they go on to codes and scales.
+
+        Args:
+            cache: Holds the images as ``x:`` inputs and the float network's outputs.
+            chosen: Numbers of the images.
+            piece: Images at a time.
+
+        Returns:
+            The loss.
+        """
+        constants = self.constants()
+        held = {name: tensor.detach().requires_grad_() for name, tensor in constants.items()}
+        value = 0.0
+        for first in range(0, len(chosen), piece):
+            part = chosen[first : first + piece]
+            inputs = {name: cache.take(f"x:{name}", part).to(self.runner.device) for name in self.block.inputs}
+            found = self.outputs(inputs, held)
+            loss = torch.zeros((), device=self.runner.device)
+            for name, unit in self.units.items():
+                wanted = cache.take(f"t:{name}", part).to(self.runner.device)
+                loss = loss + output_error(found[name], wanted, unit)
+            loss = loss * (len(part) / len(chosen))
+            loss.backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach())
+        moved = [name for name, tensor in held.items() if tensor.grad is not None and constants[name].requires_grad]
+        torch.autograd.backward([constants[name] for name in moved], [held[name].grad for name in moved])
+        return value
+
+    def piece(self, cache: Cache) -> int:
+        """How many images may go through the network at a time, so that their activations take about 256 MiB."""
+        inputs = {name: cache.take(f"x:{name}", np.arange(1)).to(self.runner.device) for name in self.block.inputs}
+        total = self.runner.activation_bytes(inputs)
+        return max(1, min(self.tuning.batch, _HELD // max(total, 1)))
 
     def _bias_step(self, part: _Part) -> Tensor:
         """What an integer bias is a multiple of: scale of the input times scales of the weight."""
@@ -190,8 +239,8 @@ class Tuner:
     def _teach(self, cache: Cache, images: int) -> None:
         """The float network's outputs of all images, and their variance."""
         total: dict[str, np.ndarray[Any, Any]] = {}
-        for first in range(0, images, 32):
-            part = slice(first, min(first + 32, images))
+        for first in range(0, images, _TAUGHT):
+            part = slice(first, min(first + _TAUGHT, images))
             inputs = {name: cache.take(f"x:{name}", part).to(self.runner.device) for name in self.block.inputs}
             for name, tensor in self.runner.floating(self.block, inputs).items():
                 if not tensor.is_floating_point():
@@ -225,22 +274,16 @@ class Tuner:
         ]
         rates = [(found, rate) for found, rate in rates if found and rate > 0]
         optimizer = torch.optim.Adam([{"params": found, "lr": rate} for found, rate in rates], lr=1.0, fused=True)
+        piece = self.piece(cache)
         recent: list[float] = []
         for step, chosen in enumerate(draws(images, tuning.batch, tuning.steps, self.seed)):
             falling = 0.5 * (1.0 + math.cos(math.pi * step / tuning.steps))
             for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * falling
-            inputs = {name: cache.take(f"x:{name}", chosen).to(self.runner.device) for name in self.block.inputs}
-            found = self.outputs(inputs)
-            loss = torch.zeros((), device=self.runner.device)
-            for name, unit in self.units.items():
-                wanted = cache.take(f"t:{name}", chosen).to(self.runner.device)
-                loss = loss + output_error(found[name], wanted, unit)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            value = self.accumulate(cache, chosen, piece)
             optimizer.step()
             self._bound()
-            value = float(loss.detach())
             if step >= 0.9 * tuning.steps:
                 recent.append(value)
             task.advance(1, **({"loss": value} if step % _SHOWN == _SHOWN - 1 else {}))
