@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _comparison import NETWORKS, Network, Tally, cell
 
 from zsq_deploy.artifact import read_json, write_json
-from zsq_deploy.calib import synthesize
+from zsq_deploy.calib import CalibrationSet, synthesize
 from zsq_deploy.evaldata import EvalData, load_eval_data
 from zsq_deploy.model import Graph, Model, load_model
 from zsq_deploy.quant import (
@@ -41,7 +41,16 @@ from zsq_deploy.quant import (
     correct_bias_analytically,
     insert_qdq,
 )
-from zsq_deploy.quant.algebra import Clips, dfq, squant, udfc
+from zsq_deploy.quant.algebra import (
+    Clips,
+    Rounded,
+    analytic_moments,
+    dfq,
+    measured_moments,
+    round_by_moments,
+    squant,
+    udfc,
+)
 
 A8 = Scheme(8, signed=False, symmetric=False)
 W4 = Scheme(4, granularity=Granularity.CHANNEL, restricted=True)
@@ -96,8 +105,13 @@ class Case:
         """From batch normalization, or from fractal pictures."""
         if self.model.batch_norms():
             return analytic_ranges(self.model)
-        pictures = synthesize(self.model, method="fractal", images=PICTURES, seed=0)
+        pictures = self.pictures
         return collect(self.graph, pictures.batches(8), micro_batch=8, set_digest=pictures.digest).ranges("minmax")
+
+    @cached_property
+    def pictures(self) -> CalibrationSet:
+        """Fractal pictures, which know nothing of the network."""
+        return synthesize(self.model, method="fractal", images=PICTURES, seed=0)
 
     def w4a8(
         self, scales: Literal["minmax", "mse"], flips: bool, corrected: bool = False, graph: Graph | None = None
@@ -113,6 +127,23 @@ class Case:
         if corrected:
             qdq = written(apply_biases(source, correct_bias_analytically(self.model, qdq)))
         return qdq
+
+    def moments(self, source: Literal["analytic", "pictures"]) -> Graph:
+        """4-bit weights per channel rounded for what their layers read, biases corrected where the means are known."""
+        found = (
+            analytic_moments(self.model)
+            if source == "analytic"
+            else measured_moments(self.graph, self.pictures.batches(8))
+        )
+        done: Rounded = round_by_moments(self.graph, found, W4)
+
+        def written(floats: Graph) -> Graph:
+            return insert_qdq(floats, self.ranges, activation=A8, weight=W4, weight_scales=done.scales)
+
+        if not self.model.batch_norms():
+            return written(done.graph)
+        biases = correct_bias_analytically(self.model, written(done.graph))
+        return written(apply_biases(done.graph, biases))
 
     def per_tensor(self, corrected: bool) -> Graph:
         """8-bit weights with one scale a tensor, nothing equalized."""
@@ -140,6 +171,10 @@ def rows_of(case: Case) -> dict[str, Callable[[], Graph]]:
         rows["w4a8 nearest corrected"] = lambda: case.w4a8("minmax", False, True)
         rows["w4a8 squant corrected"] = lambda: case.w4a8("minmax", True, True)
         rows["w4a8 squant mse corrected"] = lambda: case.w4a8("mse", True, True)
+        rows["w4a8 moments corrected"] = lambda: case.moments("analytic")
+    rows["w4a8 moments of pictures corrected" if norms else "w4a8 moments of pictures"] = lambda: case.moments(
+        "pictures"
+    )
     depthwise = any(attribute.i > 1 for node in case.graph for attribute in node.attribute if attribute.name == "group")
     if depthwise and norms:
         clipped = any(node.op_type == "Clip" for node in case.graph)
