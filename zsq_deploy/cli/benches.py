@@ -90,8 +90,8 @@ def bench(
     else:
         inventory = Inventory()
         # What is said here goes before what the list of devices says.
-        said = {"python": python, "threads": threads, "affinity": affinity}
-        said = {word: value for word, value in said.items() if value is not None}
+        words = {"python": python, "threads": threads, "affinity": affinity}
+        said: dict[str, Any] = {word: value for word, value in words.items() if value is not None}
         devices = [replace(inventory.find(text), **said) for text in device or ()]
         done = on_device.bench_on_devices(
             folder,

@@ -68,8 +68,8 @@ def _quality_card(accuracy: AccuracySection | None, why: str) -> dict[str, Any]:
         return _card("Accuracy", shown, "", images)
     if accuracy.metric == "psnr_db":
         detail = f"float {words.decibel(accuracy.float_)}; {images}"
-        change = f"{accuracy.engine - accuracy.float_:+.2f}".replace("-", "−")
-        return _card("PSNR", shown, f"{change}\u00a0dB", detail)
+        difference = f"{accuracy.engine - accuracy.float_:+.2f}".replace("-", "−")
+        return _card("PSNR", shown, f"{difference}\u00a0dB", detail)
     change = accuracy.engine - accuracy.float_
     detail = f"float {words.percent(accuracy.float_)}; {images}"
     paired = accuracy.paired.get("engine")
