@@ -168,7 +168,7 @@ def synthesize(
             precision=width,
             compiled=compiled,
         )
-        stage, outcome, seconds, workers = run.optimise()
+        stage, outcome, seconds, beside = run.optimise()
         manifest = CalibrationManifest.of(
             model,
             method=chosen.name,
@@ -179,7 +179,7 @@ def synthesize(
         )
         spec = model.inputs[0]
         images_made = ({spec.name: part} for part in stage.images())
-        made = _collect(images_made, output, manifest, started, seconds=seconds, device=place, workers=workers)
+        made = _collect(images_made, output, manifest, started, seconds=seconds, device=place, workers=beside)
         if output is None:
             stage.forget()
         return made
