@@ -128,6 +128,7 @@ _OPTION_OF = {
     "model.source": "MODEL",
     "calibration.set": "--calibration",
     "calibration.parameters": "--param",
+    "calibration.precision": "--image-precision",
     **{
         f"quantization.{quantizer}.{word}": "--" + option.replace("_", "-")
         for option, places in _VENDOR_WORDS.items()

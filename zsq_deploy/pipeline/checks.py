@@ -22,7 +22,11 @@ from zsq_deploy.recipe import Recipe
 
 __all__ = ["check_device", "check_method", "check_recipe", "nearest"]
 
-_AT_LEAST_ONE = ("batch_size", "steps")
+_AT_LEAST_ONE = ("batch_size", "generator_batch", "latent", "noise", "steps")
+_ABOVE_ZERO = ("sigma",)
+_AT_MOST = {"sigma": 100.0, "upsamplings": 10.0}
+"""What overflows or fills the memory beyond; everything else has :data:`_MOST`."""
+_MOST = 1e6
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -202,7 +206,19 @@ def check_method(recipe: Recipe) -> None:
             remedy=nearest(unknown[0], defaults)
             + (f"parameters: {', '.join(sorted(defaults))}" if defaults else "it has no parameters"),
         )
-    _check_numbers(name, resolve(name, defaults, given), defaults)
+    resolved = resolve(name, defaults, given)
+    _check_numbers(name, resolved, defaults)
+    make = METHODS[name].run
+    if make is None:
+        return
+    try:
+        make(resolved)
+    except ValueError as error:  # the parts of a method know what their numbers can be
+        raise UsageError(
+            f"method {name!r} cannot use these parameters: {error}",
+            where="--param",
+            remedy=f"`zsq methods show {name}` explains them; given: {', '.join(f'{key}={value}' for key, value in given.items())}",
+        ) from error
 
 
 def _check_numbers(method: str, resolved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -210,6 +226,19 @@ def _check_numbers(method: str, resolved: Mapping[str, Any], defaults: Mapping[s
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         least = 1 if key in _AT_LEAST_ONE else 0 if defaults[key] >= 0 else -math.inf
+        most = _AT_MOST.get(key, _MOST)
+        if abs(value) > most and value != defaults[key]:
+            raise UsageError(
+                f"parameter {key!r} of method {method!r} cannot be {value:g}",
+                where="--param",
+                remedy=f"give a number of at most {most:g} (default: {defaults[key]!r})",
+            )
+        if key in _ABOVE_ZERO and value <= 0:
+            raise UsageError(
+                f"parameter {key!r} of method {method!r} cannot be {value:g}",
+                where="--param",
+                remedy=f"give a number above 0 (default: {defaults[key]!r})",
+            )
         if not math.isfinite(value) or value < least:
             raise UsageError(
                 f"parameter {key!r} of method {method!r} cannot be {value}",
