@@ -153,7 +153,7 @@ class Case:
         biases = correct_bias_analytically(self.model, qdq)
         return insert_qdq(apply_biases(self.graph, biases), self.ranges, activation=A8, weight=W8_TENSOR)
 
-    def equalized(self, clips: Clips, rounding: Literal["nearest", "squant"] = "nearest") -> Graph:
+    def equalized(self, clips: Clips, rounding: Literal["nearest", "squant", "moments"] = "nearest") -> Graph:
         """All of DFQ, 8 bits per tensor."""
         return dfq(self.model, weight=W8_TENSOR, clips=clips, rounding=rounding).qdq
 
@@ -184,6 +184,7 @@ def rows_of(case: Case) -> dict[str, Callable[[], Graph]]:
             rows[f"w8a8 dfq {clips}"] = lambda clips=clips: case.equalized(clips)  # type: ignore[misc]
         first = "cap" if clipped else "keep"
         rows[f"w8a8 dfq {first} squant"] = lambda: case.equalized(first, "squant")  # type: ignore[arg-type]
+        rows[f"w8a8 dfq {first} moments"] = lambda: case.equalized(first, "moments")  # type: ignore[arg-type]
     return rows
 
 

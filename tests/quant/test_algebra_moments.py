@@ -11,9 +11,24 @@ import pytest
 from zsq_deploy.errors import UsageError
 from zsq_deploy.model.graph import attributes
 from zsq_deploy.quant import Granularity, Scheme, analytic_ranges, insert_qdq, propagate_model
-from zsq_deploy.quant.algebra import analytic_moments, measured_moments, round_by_moments
-from zsq_deploy.quant.algebra.covariance import Field, clipped_field, filtered, hermite_of_clip, picture_field
+from zsq_deploy.quant.algebra import (
+    analytic_moments,
+    dfq,
+    equalized_model,
+    measured_moments,
+    recode_by_moments,
+    round_by_moments,
+)
+from zsq_deploy.quant.algebra.covariance import (
+    Field,
+    clipped_field,
+    covariances,
+    filtered,
+    hermite_of_clip,
+    picture_field,
+)
 from zsq_deploy.quant.algebra.rounding import damped, error_of, round_weights, search_scales
+from zsq_deploy.quant.algebra.weights import form_of
 from zsq_deploy.quant.reader import dequantized_weight
 
 from .nets import images, small_model
@@ -227,3 +242,55 @@ def test_a_graph_gets_exactly_the_codes_that_were_found():
     assert compared
     with pytest.raises(UsageError, match="zero point"):
         round_by_moments(graph, analytic_moments(model), U8)
+
+
+def output_error(graph, qdq, moments):
+    """Expected squared error of every layer's output, mean share and damping as they are by default."""
+    found = {}
+    for name, known in moments.items():
+        node = graph.node(name)
+        written = dequantized_weight(qdq, qdq.node(name).input[1])
+        if written is None:
+            continue
+        form = form_of(graph, node)
+        error = form.read(written.astype(np.float64) - graph.constant(node.input[1]))
+        hessians = [damped(second, 0.01) for second in known.second(0.1)]
+        rows = error.reshape(*error.shape[:2], -1)
+        found[name] = sum(error_of(part, hessian).sum() for part, hessian in zip(rows, hessians, strict=True))
+    return found
+
+
+def test_codes_on_given_scales_are_better_than_the_nearest():
+    model = small_model()
+    graph, moments = model.folded().graph, analytic_moments(model)
+    qdq = insert_qdq(graph, analytic_ranges(model), activation=U8, weight=U8)
+    done = recode_by_moments(qdq, graph, moments)
+    before, after = output_error(graph, qdq, moments), output_error(graph, done, moments)
+    assert all(after[name] <= before[name] * (1 + 1e-5) for name in before)
+    assert sum(after.values()) < 0.9 * sum(before.values())
+    for node in qdq.nodes:  # nothing but codes of weights has changed
+        for name in node.input:
+            old, new = qdq.constant(name), done.constant(name)
+            if old is not None and old.dtype != np.uint8:
+                np.testing.assert_array_equal(old, new)
+    wrong = dict.fromkeys(moments, next(iter(moments.values())))
+    with pytest.raises(UsageError, match="moments of shape"):
+        recode_by_moments(qdq, graph, wrong)
+
+
+def test_capped_channels_are_followed_too():
+    model = small_model()
+    capped, _ = equalized_model(model, clips="cap")
+    before, after = covariances(model), covariances(capped)
+    relus = [
+        node
+        for node in capped.graph.nodes
+        if node.op_type == "Relu" and capped.graph.producer(node.input[0]).op_type == "Min"
+    ]
+    assert relus
+    for node in relus:
+        name = node.output[0]
+        factors = np.sqrt(after[name].var / before[name].var)
+        wanted = before[name].cov * factors[:, None, None, None] * factors[None, :, None, None]
+        np.testing.assert_allclose(after[name].cov, wanted, atol=1e-3 * after[name].var.max())
+    assert set(dfq(model, clips="cap", rounding="moments").biases) == set(dfq(model, clips="cap").biases)

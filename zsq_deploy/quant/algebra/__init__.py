@@ -12,6 +12,7 @@ from zsq_deploy.quant.algebra.moments import (
     Rounded,
     analytic_moments,
     measured_moments,
+    recode_by_moments,
     round_by_moments,
 )
 from zsq_deploy.quant.algebra.sites import Reader, Site, find_sites
@@ -39,6 +40,7 @@ __all__ = [
     "flip",
     "float_weights_of",
     "measured_moments",
+    "recode_by_moments",
     "round_by_moments",
     "squant",
     "udfc",

@@ -186,6 +186,8 @@ class _Walk:
         kind, x = node.op_type, self.found.get(node.input[0]) if node.input else None
         if kind == "Add":
             return self.sum(node)
+        if kind == "Min":
+            return self.found.get(self.behind_cap(node))
         if x is None:
             return None
         attrs = attributes(node)
@@ -243,10 +245,26 @@ class _Walk:
                 bounds[index] = (
                     float(given.reshape(-1)[0]) if given is not None and given.size else attrs.get(name, bounds[index])
                 )
-        before, after = self.marginals.get(node.input[0]), self.marginals.get(node.output[0])
+        source, high = node.input[0], float(bounds[1])
+        top: float | Vector = high
+        maker = self.graph.producer(source)
+        if node.op_type == "Relu" and maker is not None and maker.op_type == "Min" and self.behind_cap(maker):
+            # One bound a channel in front of a Relu: both bounds at once, on what the Min reads.
+            source = self.behind_cap(maker)
+            cap = next(array for array in map(self.graph.constant, maker.input) if array is not None)
+            top = cap.astype(np.float64).reshape(-1)
+        before, after = self.marginals.get(source), self.marginals.get(node.output[0])
         if before is None or after is None or before.axis != 1 or len(before.mean) != len(x.cov):
             return None
-        return clipped_field(x.scaled_to(before.var), before.mean, bounds[0], bounds[1], after.var)
+        return clipped_field(x.scaled_to(before.var), before.mean, bounds[0], top, after.var)
+
+    def behind_cap(self, node: onnx.NodeProto) -> str:
+        """What a Min with one constant a channel reads; empty for any other Min."""
+        values = [name for name in node.input if name in self.found]
+        caps = [array for array in map(self.graph.constant, node.input) if array is not None]
+        if len(node.input) != 2 or len(values) != 1 or len(caps) != 1:
+            return ""
+        return values[0] if caps[0].size == len(self.found[values[0]].cov) else ""
 
     def linear(self, node: onnx.NodeProto, attrs: Mapping[str, Any], x: Field) -> Field | None:
         weight = self.graph.constant(node.input[1])

@@ -22,6 +22,7 @@ from zsq_deploy.model.graph import Graph
 from zsq_deploy.model.model import Model
 from zsq_deploy.quant.algebra.absorb import absorb
 from zsq_deploy.quant.algebra.equalize import clips_to_relu, equalize
+from zsq_deploy.quant.algebra.moments import analytic_moments, recode_by_moments
 from zsq_deploy.quant.algebra.squant import squant
 from zsq_deploy.quant.analytic import analytic_ranges
 from zsq_deploy.quant.bias import apply_biases, correct_bias_analytically
@@ -122,7 +123,7 @@ def dfq(
     clips: Clips = "relu",
     absorb_biases: bool = True,
     correct_biases: bool = True,
-    rounding: Literal["nearest", "squant"] = "nearest",
+    rounding: Literal["nearest", "squant", "moments"] = "nearest",
     sigmas: float = 6.0,
     spread: float = 1.0,
 ) -> Dfq:
@@ -135,7 +136,7 @@ def dfq(
         clips: See :data:`Clips`.
         absorb_biases: Absorb biases.
         correct_biases: Correct biases, for the weights as they were rounded.
-        rounding: ``nearest`` as in the paper, or ``squant``.
+        rounding: ``nearest`` as in the paper, ``squant``, or ``moments`` (:func:`~zsq_deploy.quant.algebra.moments.recode_by_moments`).
         sigmas: Standard deviations that activations reach.
         spread: See :func:`~zsq_deploy.quant.algebra.equalize.equalize`.
     """
@@ -147,8 +148,12 @@ def dfq(
     # What only a Min or Relu reads is not rounded in between.
     rules = PlacementRules(round_outputs="read") if clips == "cap" else PlacementRules()
 
+    moments = analytic_moments(equalized) if rounding == "moments" else {}
+
     def quantized(graph: Graph) -> Graph:
         written = insert_qdq(graph, ranges, activation=activation, weight=weight, rules=rules)
+        if rounding == "moments":
+            return recode_by_moments(written, folded, moments)
         return squant(written, folded) if rounding == "squant" else written
 
     qdq = quantized(folded)

@@ -25,12 +25,13 @@ from zsq_deploy.model.graph import Graph, attributes
 from zsq_deploy.model.model import Model
 from zsq_deploy.model.twin import Twin
 from zsq_deploy.quant.algebra.covariance import Field, covariances
-from zsq_deploy.quant.algebra.rounding import damped, search_scales
+from zsq_deploy.quant.algebra.rounding import damped, round_weights, search_scales
+from zsq_deploy.quant.algebra.squant import recoded
 from zsq_deploy.quant.algebra.weights import LAYERS, Form, form_of
 from zsq_deploy.quant.analytic import Channels, propagate_model
 from zsq_deploy.quant.scheme import Scheme
 
-__all__ = ["LayerMoments", "Rounded", "analytic_moments", "measured_moments", "round_by_moments"]
+__all__ = ["LayerMoments", "Rounded", "analytic_moments", "measured_moments", "recode_by_moments", "round_by_moments"]
 
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float64]
@@ -154,7 +155,7 @@ def measured_moments(
     twin = Twin(graph, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         for batch in batches:
-            feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+            feeds = {name: torch.from_numpy(np.array(array)) for name, array in batch.items()}
             twin.run(feeds, fetch=(), taps={value: look(value) for value in layers})
     if not sums:
         raise UsageError("there is nothing to measure", where="measured_moments", remedy="hand in at least one batch")
@@ -220,11 +221,7 @@ def round_by_moments(
         second = moments[node.name].second(mean_share)
         size = values[0, 0].size
         if second.shape != (groups, size, size):
-            raise UsageError(
-                f"moments of shape {second.shape} for {groups} groups of {size} inputs",
-                where=node.name,
-                remedy="give moments of this graph",
-            )
+            raise _misfit(node, second, groups, size)
         rounded, scale = np.empty_like(values), np.empty((groups, per))
         for group, rows in enumerate(values.reshape(groups, per, size)):
             hessian = damped(second[group], damping)
@@ -235,3 +232,48 @@ def round_by_moments(
         scales[node.input[1]] = scale.reshape(-1)
         done.append(node.name)
     return Rounded(replace_constants(graph, weights), scales, tuple(done))
+
+
+def recode_by_moments(
+    qdq: Graph,
+    floats: Graph,
+    moments: Mapping[str, LayerMoments],
+    *,
+    mean_share: float = 0.1,
+    damping: float = 0.01,
+    grids: Mapping[str, tuple[int, int]] | None = None,
+) -> Graph:
+    """A Q/DQ graph with codes that make the squared error of each layer's output small, on the scales that are there.
+
+    Args:
+        qdq: As :func:`~zsq_deploy.quant.algebra.squant.squant` takes it.
+        floats: The float graph that it was made from.
+        moments: Layer -> what it reads; layers that are missing keep their codes.
+        mean_share: See :func:`round_by_moments`.
+        damping: See :func:`round_by_moments`.
+        grids: Layer -> smallest and largest code.
+
+    Raises:
+        UsageError: A float weight or moments do not fit their layer.
+    """
+
+    def choose(node: onnx.NodeProto, steps: Vector, low: int, high: int) -> npt.NDArray[np.int64] | None:
+        if node.name not in moments:
+            return None
+        groups, per, inner, elements = steps.shape
+        second = moments[node.name].second(mean_share)
+        if second.shape != (groups, inner * elements, inner * elements):
+            raise _misfit(node, second, groups, inner * elements)
+        rows = steps.reshape(groups, per, -1)
+        found = [round_weights(rows[g], damped(second[g], damping), low, high) for g in range(groups)]
+        return np.stack(found).reshape(steps.shape)
+
+    return recoded(qdq, floats, choose, grids=grids)
+
+
+def _misfit(node: onnx.NodeProto, second: Vector, groups: int, size: int) -> UsageError:
+    return UsageError(
+        f"moments of shape {second.shape} for {groups} groups of {size} inputs",
+        where=node.name,
+        remedy="give moments of this graph",
+    )

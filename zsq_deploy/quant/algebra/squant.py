@@ -22,7 +22,7 @@ part in the second pass with its first useful element. Codes that the grid clips
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from zsq_deploy.model.graph import Graph
 from zsq_deploy.quant.algebra.weights import LAYERS, form_for
 from zsq_deploy.quant.reader import QuantizedTensor, is_quantize, read_qdq
 
-__all__ = ["flip", "float_weights_of", "squant"]
+__all__ = ["flip", "float_weights_of", "recoded", "squant"]
 
 Array = npt.NDArray[Any]
 Codes = npt.NDArray[np.int64]
@@ -129,6 +129,33 @@ def squant(
     Raises:
         UsageError: The float weight of a layer has another shape than its codes.
     """
+
+    def choose(node: onnx.NodeProto, steps: Doubles, low: int, high: int) -> Codes:
+        del node
+        return flip(steps.reshape(-1, *steps.shape[2:]), low, high).reshape(steps.shape)
+
+    return recoded(qdq, floats, choose, grids=grids)
+
+
+def recoded(
+    qdq: Graph,
+    floats: Graph | Mapping[str, Array],
+    choose: Callable[[onnx.NodeProto, Doubles, int, int], Codes | None],
+    *,
+    grids: Mapping[str, tuple[int, int]] | None = None,
+) -> Graph:
+    """A Q/DQ graph with other codes for the weights of its layers; scales, zero points, biases and activations stay.
+
+    Args:
+        qdq: As :func:`squant` takes it.
+        floats: As :func:`squant` takes it.
+        choose: Layer, weights in steps ``[groups, outputs / groups, inputs / groups, elements]``, smallest and largest code -> codes of that
+            shape, or ``None`` to leave the layer alone.
+        grids: As :func:`squant` takes it.
+
+    Raises:
+        UsageError: The float weight of a layer has another shape than its codes.
+    """
     given = float_weights_of(floats) if isinstance(floats, Graph) else floats
     tensors = {name: tensor for tensor in read_qdq(qdq) if tensor.is_weight for name in _outputs(qdq, tensor)}
     net = Net(qdq.proto)
@@ -138,7 +165,8 @@ def squant(
         tensor = tensors.get(node.input[1])
         if tensor is None or len(qdq.consumers(node.input[1])) != 1:
             continue
-        _round(net, qdq, node, tensor, np.asarray(given[node.name], np.float64), (grids or {}).get(node.name))
+        weight = np.asarray(given[node.name], np.float64)
+        _round(net, qdq, node, tensor, weight, (grids or {}).get(node.name), choose)
     return Graph(net.proto())
 
 
@@ -153,6 +181,7 @@ def _round(
     tensor: QuantizedTensor,
     weight: Doubles,
     grid: tuple[int, int] | None,
+    choose: Callable[[onnx.NodeProto, Doubles, int, int], Codes | None],
 ) -> None:
     name = _stored(qdq, tensor)
     stored = None if name is None else qdq.constant(name)
@@ -175,9 +204,10 @@ def _round(
     old = stored.astype(np.int64) if stored.dtype.kind != "f" else _nearest(stored, scale, zero, tensor.limits)
     low, high = _grid(old, tensor) if grid is None else grid
     steps = weight / scale + zero
-    shape = form.read(steps).shape
-    flat = form.read(steps).reshape(-1, *shape[2:])  # [outputs, inputs / groups, elements]
-    codes = form.write(flip(flat, low, high).reshape(shape)).astype(np.int64)
+    chosen = choose(node, form.read(steps), low, high)
+    if chosen is None:
+        return
+    codes = form.write(chosen).astype(np.int64)
     if stored.dtype.kind == "f":
         new: Array = np.asarray((codes - zero).astype(np.float32) * scale.astype(np.float32), stored.dtype)
     else:
