@@ -136,7 +136,6 @@ OPTIONS = {
     "precision": (("--image-precision", "float64"), ("--image-precision", "bfloat16")),
     "no images": (("--images", "0"), ("--images",)),
     "seed": (("--seed", "-1"), ("--seed",)),
-    "threads": (("--threads", "0"), ("--threads",)),
     "one bit": (("--bits", "w1a8"), ("--bits", "w8a8")),
     "no bits": (("--bits", "eight"), ("--bits", "w8a8")),
     "a device that is none": (("--device", "gpu"), ("--device", "cpu")),
@@ -157,7 +156,7 @@ def test_options(case, deploy, good, tmp_path):
     refused(deploy(good, *more), tmp_path / "out", *words)
 
 
-@pytest.mark.parametrize("more", [["--imges", "3"], ["--images", "many"], ["--target"]])
+@pytest.mark.parametrize("more", [["--imges", "3"], ["--images", "many"], ["--threads", "0"], ["--target"]])
 def test_options_that_the_parser_refuses(zsq, good, tmp_path, more):
     said = zsq("deploy", good, "-o", tmp_path / "out", *more)
     assert said.code == 2
