@@ -2,6 +2,7 @@
 
     python tools/bench_reconstruct.py                          # ResNet-18 at 224 and ResNet-20 at 32, one thread
     python tools/bench_reconstruct.py --network resnet20 --steps 40 --rounds 5
+    python tools/bench_reconstruct.py --network resnet18-blocks --batch 16 # one block of each stage of ResNet-18 alone: no pass through the whole network
     python tools/bench_reconstruct.py --network resnet18 --peak-memory --images 1024   # memory of a whole reconstruction instead
 
 The plain formulation is how released code writes it down: activations in NCHW, every quantizer a chain of torch operators
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,14 @@ def resnet20() -> nn.Module:
         layers += [_Residual(inputs, outputs, 2 if inputs != outputs else 1)]
         layers += [_Residual(outputs, outputs, 1) for _ in range(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def one_block(channels: int) -> nn.Module:
+    """A residual block of some channels, behind what makes as many of an image's."""
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
+    return nn.Sequential(*stem, _Residual(channels, channels, 1), *head).eval()
 
 
 def _round_through(x: Tensor) -> Tensor:
@@ -287,7 +297,20 @@ def peak_memory(network: nn.Module, size: int, *, images: int, steps: int, memor
     return before, watch.anonymous, watch.resident
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, dict[int, str]]] = {
+Entry = tuple[Callable[[], nn.Module], int, int, dict[int, str]]
+"""Network, size of its images, how many, and the blocks that are measured."""
+
+BLOCKS: dict[str, Entry] = {
+    f"resnet18 {channels}x{size}x{size}": (
+        partial(one_block, channels),
+        size,
+        64,
+        {1: f"resnet18 {channels}x{size}x{size}"},
+    )
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+}
+
+NETWORKS: dict[str, Entry] = {
     "resnet20": (
         resnet20,
         32,
@@ -306,9 +329,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, dict[int, str]]] = 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=sorted(NETWORKS), action="append")
+    parser.add_argument("--network", choices=sorted([*NETWORKS, "resnet18-blocks"]), action="append")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="steps a turn; with --peak-memory 2 are taken")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak-memory", action="store_true", help="measure memory instead of speed")
@@ -326,8 +349,9 @@ def main() -> None:
             )
         return
     print(f"{'block':24}{'plain':>10}{'ours':>10}{'ratio':>8}   steps/s of processor time (wall: plain, ours)")
-    for name in given.network or ["resnet20", "resnet18"]:
-        make, size, images, blocks = NETWORKS[name]
+    wanted = given.network or ["resnet20", "resnet18"]
+    entries = [one for name in wanted for one in (BLOCKS.values() if name == "resnet18-blocks" else [NETWORKS[name]])]
+    for make, size, images, blocks in entries:
         for row in measure(
             make(), size, images=images, batch=given.batch, steps=given.steps, rounds=given.rounds, blocks=blocks
         ):
