@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 Answer = tuple[Tensor, Tensor]
 """What the student's last weights read [N, F], and the teacher's minus its class scores [N, C]."""
 
