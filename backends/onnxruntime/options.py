@@ -220,7 +220,7 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
         exclude=settings.exclude,
         quantize_outputs=settings.quantize_outputs,
         weight_method=settings.weight_method,
-        rounding="nearest" if settings.rounding == "learned" else settings.rounding,  # learned codes come as numbers
+        rounding=settings.rounding if settings.rounding == "squant" else "nearest",  # other codes come as numbers
         exact_scales=settings.exact_scales,
     )
 

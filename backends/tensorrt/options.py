@@ -193,9 +193,9 @@ def options_from(settings: BuildSettings, target: Target) -> BuildOptions:
             where="--float-type",
             remedy="leave --float-type out, and build with HALF=1 on the device",
         )
-    if settings.rounding == "learned":
+    if settings.rounding in ("moments", "learned"):
         raise UsageError(
-            "rounding is not learned for TensorRT",
+            "rounding is not learned for TensorRT, nor done by moments",
             where="--rounding",
             remedy="choose --rounding squant, or deploy ONNX Runtime and OpenVINO targets in a run of their own",
         )

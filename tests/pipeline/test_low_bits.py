@@ -110,6 +110,8 @@ CASES = [
         ("w8a8", "learned", "ends-8bit"),
         ("w4a8", "nearest", "ends-8bit"),
         ("w4a8", "squant", "all-layers"),
+        ("w4a8", "moments", "ends-8bit"),
+        ("w8a8", "moments", "all-layers"),
         ("w4a8", "learned", "ends-8bit"),
         ("w4a4", "learned", "ends-8bit"),
         ("w2a3", "nearest", "all-layers"),
@@ -189,7 +191,7 @@ def test_4_bit_files_are_half_as_large_and_learning_beats_rounding(tmp_path, tar
     with torch.no_grad():
         wanted = Twin(model.folded().graph).run({"x": torch.tensor(x)})["logits"].numpy()
     sizes, errors = {}, {}
-    for bits, rounding in (("w8a8", "nearest"), ("w3a8", "nearest"), ("w3a8", "learned")):
+    for bits, rounding in (("w8a8", "nearest"), ("w3a8", "nearest"), ("w3a8", "moments"), ("w3a8", "learned")):
         recipe = recipe_of(path, target, bits=bits, rounding=rounding, bias_correction=False)
         (engine,) = quantize_only(recipe, tmp_path / f"{bits}-{rounding}").values()
         sizes[bits] = engine.bytes
@@ -198,6 +200,7 @@ def test_4_bit_files_are_half_as_large_and_learning_beats_rounding(tmp_path, tar
     inner = sum(np.prod(shapes[name]) for name in ("w1", "w2"))
     assert sizes["w8a8"] - sizes["w3a8"] > 0.45 * inner
     assert errors["learned", "w3a8"] < errors["nearest", "w3a8"]
+    assert errors["moments", "w3a8"] < errors["nearest", "w3a8"]
 
 
 SIZES = {"w0": 216, "w1": 576, "w2": 576, "w3": 72, "w4": 96, "fc": 48}
@@ -287,6 +290,7 @@ def test_corrected_biases_are_added_to_those_of_the_numbers(source, tmp_path):
     ("target", "said", "words"),
     [
         ("tensorrt-10", {"rounding": "learned"}, "not learned for TensorRT"),
+        ("tensorrt-10", {"rounding": "moments"}, "nor done by moments"),
         ("openvino-cpu", {"quantizer": "nncf", "bits": "w4a4"}, "NNCF does not build"),
         ("openvino-cpu", {"quantizer": "nncf", "rounding": "learned"}, "NNCF and POT round"),
         ("openvino-cpu", {"bits": "w4a32", "rounding": "learned"}, "NNCF and POT round"),

@@ -129,17 +129,17 @@ def _check_low_bits(recipe: Recipe, model: Model) -> None:
                 where="--size-budget",
                 remedy="choose a synthesis method that makes images",
             )
-    if spec.rounding != "learned":
+    if spec.rounding not in ("moments", "learned"):
         return
     if not model.dynamic_batch:
         raise UsageError(
-            "this network takes one batch size only, so its rounding cannot be learned from batches",
+            "this network takes one batch size only, so its rounding cannot be found on batches of images",
             where="--rounding",
             remedy="export it with a free batch axis, or choose --rounding squant",
         )
     if not recipe.calibration.set and not METHODS[recipe.calibration.method].images:
         raise UsageError(
-            f"rounding is learned from images, and the method {recipe.calibration.method!r} makes none",
+            f"rounding looks at images, and the method {recipe.calibration.method!r} makes none",
             where="--rounding",
             remedy="choose a synthesis method that makes images, or --rounding squant",
         )

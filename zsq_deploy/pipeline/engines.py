@@ -64,7 +64,7 @@ class EngineSettings(BuildSettings):
     def low_bits(self) -> bool:
         """Codes are found on a finished 8-bit graph, by name: for fewer than 8 bits, and where they are learned."""
         vendor = self.quantizer not in ("auto", "qdq")
-        return not (self.weight_only or vendor) and (self.bits.lower() != "w8a8" or self.rounding == "learned")
+        return not (self.weight_only or vendor) and (self.bits.lower() != "w8a8" or self.rounding in ("moments", "learned"))
 
 
 def settings_of(recipe: Recipe) -> EngineSettings:
@@ -237,7 +237,7 @@ def _numbers(
     )
     looked_at = images.calibration
     mixed = settings.size_budget is not None
-    if looked_at is None and (mixed or settings.rounding == "learned" or asked.fewest.activations < 8):
+    if looked_at is None and (mixed or settings.rounding in ("moments", "learned") or asked.fewest.activations < 8):
         raise CalibrationError(
             f"there are no images to find {settings.bits} on: the method {images.method!r} makes none",
             where="--method",

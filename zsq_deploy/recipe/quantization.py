@@ -162,10 +162,10 @@ class QuantizationSection(Section):
         description="TensorRT: share of the multiply-accumulates that layers left in float may have, where 8 bits lose too much on synthetic "
         "images (default 0.125; 0: all stay in 8 bits).",
     )
-    rounding: Literal["nearest", "squant", "learned"] = Field(
+    rounding: Literal["nearest", "squant", "moments", "learned"] = Field(
         default="nearest",
         description="How weights are rounded in our Q/DQ graphs: nearest; squant: so that errors cancel in each output channel (worth it below "
-        "8 bits); learned: block by block on the images, so that each block gives what it gave in float (minutes to hours).",
+        "8 bits); moments: for the smallest squared error of what each layer gives, on the images; learned: block by block on the images, so that each block gives what it gave in float (minutes to hours).",
     )
     reconstruct_preset: str = Field(
         default="fast", min_length=1, description="For rounding: learned: how long is learned, fast or full."

@@ -52,7 +52,7 @@ RoundingOpt = Annotated[
     typer.Option(
         "--rounding",
         metavar="NAME",
-        help="How weights are rounded: nearest; squant: so that errors cancel in each output channel; learned: block by block on the images.",
+        help="How weights are rounded: nearest; squant: so that errors cancel in each output channel; moments: for the smallest error of what each layer gives; learned: block by block on the images.",
         rich_help_panel=_QUANTIZE,
     ),
 ]

@@ -24,6 +24,7 @@ from zsq_deploy.errors import ModelError
 from zsq_deploy.model.editing import Net
 from zsq_deploy.model.graph import Graph
 from zsq_deploy.progress import SILENT, Progress
+from zsq_deploy.quant.algebra.moments import LayerMoments, measured_moments, recode_by_moments
 from zsq_deploy.quant.algebra.squant import squant
 from zsq_deploy.quant.qdq import PlacementRules, raise_opset
 from zsq_deploy.quant.reader import is_dequantize, read_qdq
@@ -46,8 +47,11 @@ __all__ = ["ROUNDINGS", "LowBits", "Numbers", "Places", "find_numbers", "pack_in
 
 Array = npt.NDArray[Any]
 
-ROUNDINGS: tuple[str, ...] = ("nearest", "squant", "learned")
+ROUNDINGS: tuple[str, ...] = ("nearest", "squant", "moments", "learned")
 """How weights find their codes."""
+
+_MOMENT_IMAGES = 128
+"""Images that moments are measured on: patches are many, and their moments settle quickly."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class LowBits:
         how = {
             "nearest": "weights rounded to nearest",
             "squant": "weights rounded by SQuant",
+            "moments": "weights rounded for the smallest squared error of what their layers give",
             "learned": f"weights learned block by block, preset {self.preset.name}",
         }[self.rounding]
         return f"{self.chosen or self.protocol.describe(self.bits)}; {how}"
@@ -127,6 +132,7 @@ class Numbers:
         assignment: Bits of every weight and of every group of activations.
         state: Codes, scales, zero points and biases.
         base: Biases of the float graph, from which those of `state` were learned.
+        moments: Layer -> what it reads, as it was measured; only for ``moments``.
         tying: Groups of activations that round sums which may be half-way between two codes, where that matters.
         inexact: Layer -> number of channels whose requantization multiplier stays a long number (those with hardly any weight, as a rule).
         blocks: How learning went; empty without it.
@@ -139,6 +145,7 @@ class Numbers:
     inexact: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[BlockReport, ...] = ()
     tying: tuple[str, ...] = ()
+    moments: Mapping[str, LayerMoments] = field(default_factory=dict, repr=False)
 
     def write(self, places: Places) -> Graph:
         """The target's Q/DQ graph with these numbers, in 8-bit integers.
@@ -174,16 +181,18 @@ class Numbers:
         return write(template, State(self.state.weights, self.state.activations, biases))
 
     def rounded(self, graph: Graph, floating: Graph) -> Graph:
-        """The graph with its codes as SQuant rounds them, if that is what was asked for; its scales have to be the final ones.
+        """The graph with its codes as SQuant or the moments round them, if that is what was asked for; its scales have to be the final ones.
 
         Args:
             graph: As :meth:`write` gave it, or with other scales.
             floating: The float graph.
         """
-        if self.asked.rounding != "squant":
+        if self.asked.rounding not in ("squant", "moments"):
             return graph
         grids = {name: (w.scheme.qmin, w.scheme.qmax) for name, w in self.state.weights.items()}
-        return squant(graph, floating, grids=grids)
+        if self.asked.rounding == "squant":
+            return squant(graph, floating, grids=grids)
+        return recode_by_moments(graph, floating, self.moments, grids=grids)
 
     def describe(self) -> dict[str, Any]:
         """JSON values for a manifest."""
@@ -264,7 +273,7 @@ def find_numbers(
 
     Args:
         places: The target's graph.
-        images: Calibration images (:class:`zsq_deploy.calib.CalibrationSet`); only read for learning and for activations of fewer than 8 bits.
+        images: Calibration images (:class:`zsq_deploy.calib.CalibrationSet`); only read for learning, for moments and for activations of fewer than 8 bits.
         asked: What is asked for.
         workdir: Folder for what was learned, a file a block; ``None``: nothing is kept.
         resume: Go on with what is there.
@@ -307,7 +316,11 @@ def find_numbers(
         state, inexact = exact_weights(template, state, floats=floats)
     base = {layer.node: template.biases[layer.bias] for layer in template.layers if layer.bias}
     tying = tying_sums(template, state) if asked.tie_free_sums else ()
-    return Numbers(asked, assignment, state, base, inexact, blocks, tying)
+    moments: Mapping[str, LayerMoments] = {}
+    if asked.rounding == "moments":
+        few_images = images.take(0, min(_MOMENT_IMAGES, len(images)))
+        moments = measured_moments(template.floating, few_images.batches(16), seed=asked.seed)
+    return Numbers(asked, assignment, state, base, inexact, blocks, tying, moments)
 
 
 def _default_device() -> torch.device:
