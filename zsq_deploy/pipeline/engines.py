@@ -64,7 +64,9 @@ class EngineSettings(BuildSettings):
     def low_bits(self) -> bool:
         """Codes are found on a finished 8-bit graph, by name: for fewer than 8 bits, and where they are learned."""
         vendor = self.quantizer not in ("auto", "qdq")
-        return not (self.weight_only or vendor) and (self.bits.lower() != "w8a8" or self.rounding in ("moments", "learned"))
+        return not (self.weight_only or vendor) and (
+            self.bits.lower() != "w8a8" or self.rounding in ("moments", "learned")
+        )
 
 
 def settings_of(recipe: Recipe) -> EngineSettings:
