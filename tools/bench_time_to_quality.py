@@ -190,14 +190,14 @@ def table(results: Results) -> str:
         for method in sorted(rows, key=lambda name: -statistics.fmean(seconds[name] or [0.0])):
             if not scores[method] or not seconds[method]:
                 continue
-            spread = statistics.stdev(scores[method]) if len(scores[method]) > 1 else 0.0
+            spread = f" ± {statistics.stdev(scores[method]):.2f}" if len(scores[method]) > 1 else ""
             mean, took = statistics.fmean(scores[method]), statistics.fmean(seconds[method])
             known = reference is not None and bool(reference["set"]) and bool(reference["score"])
             ratio = f"{statistics.fmean(seconds[GIVEN]) / took:.0f}" if known and took else "-"
             gap = f"{mean - statistics.fmean(scores[GIVEN]):+.2f}" if known else "-"
             alike = 100 * statistics.fmean([line["agreement"] for line in rows[method]["score"]])
             text.append(
-                f"| {method} | {len(scores[method])} | {took:.1f} | {ratio} | {mean:.2f} ± {spread:.2f} | {gap} | {alike:.2f} |"
+                f"| {method} | {len(scores[method])} | {took:.1f} | {ratio} | {mean:.2f}{spread} | {gap} | {alike:.2f} |"
             )
         text.append("")
     return "\n".join(text)
