@@ -120,7 +120,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
         return Recipe.of(nested, where="the command line").resolved()
     except UsageError as error:
         raise UsageError(
-            _as_options(error.what), where=error.where, remedy=_as_options(error.remedy or "`zsq deploy --help`")
+            _as_options(error.what), where=error.where, remedy=_as_options(error.remedy or "see the command's `--help`")
         ) from error
 
 
@@ -148,7 +148,7 @@ def _as_options(text: str) -> str:
         option,
         text,
     )
-    text = re.sub(r"^(?:model|recipe): ", "", text).replace("`zsq run --words`", "`zsq deploy --help`")
+    text = re.sub(r"^(?:model|recipe): ", "", text).replace("`zsq run --words`", "`--help`")
     for words in ("mean and std", "raw_pixels"):
         text = text.replace(
             words, words.replace("mean", "--mean").replace("std", "--std").replace("raw_pixels", "--raw-pixels")

@@ -20,6 +20,7 @@ from zsq_deploy.progress import SILENT, Progress
 from zsq_deploy.quant import Ranges, Statistics, analytic_ranges, collect
 from zsq_deploy.quant.coverage import implied_ranges, widen
 from zsq_deploy.recipe import CalibrationSection
+from zsq_deploy.report.words import bytes_text
 
 __all__ = [
     "OWN_CALIBRATORS",
@@ -126,7 +127,7 @@ def make_images(
         kept_set = synthesize(model, method="fractal", images=holdout, seed=seed + 1, device=device, progress=progress)
         return Images(None, kept_set, method, time.monotonic() - started, _notes_without_images())
     if workdir is not None:
-        _check_room(model, images + holdout, workdir)
+        _check_room(model, images, holdout, workdir)
     whole = synthesize(
         model,
         method=method,
@@ -152,7 +153,7 @@ def make_images(
     )
 
 
-def _check_room(model: Model, images: int, workdir: Path) -> None:
+def _check_room(model: Model, images: int, holdout: int, workdir: Path) -> None:
     """Refuse a set that the disk cannot hold before it is made: the finished images and, beside them, the set that is kept.
 
     Raises:
@@ -160,12 +161,13 @@ def _check_room(model: Model, images: int, workdir: Path) -> None:
     """
     place = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.is_dir())
     each = sum(math.prod(spec.with_batch(1)) * spec.dtype.itemsize for spec in model.inputs)
-    needed, free = 2 * images * each, shutil.disk_usage(place).free
+    needed, free = 2 * (images + holdout) * each, shutil.disk_usage(place).free
     if needed > free:
         raise UsageError(
-            f"{images} images need {needed / 2**30:.3g} GiB on disk while they are made, and {free / 2**30:.3g} GiB are free",
+            f"{images} images{f' and {holdout} that are kept back' if holdout else ''} need {bytes_text(needed)} on disk while they are made, "
+            f"and {bytes_text(free)} are free",
             where=str(place),
-            remedy=f"ask for fewer (--images; at most {max(0, free // (2 * each))} fit), or choose a folder on a larger disk (-o)",
+            remedy=f"ask for fewer (--images; at most {max(0, free // (2 * each) - holdout)} fit), or choose a folder on a larger disk (-o)",
         )
 
 
