@@ -197,7 +197,7 @@ def recommend(
     bits, everything = bits.lower(), (evidence or load_evidence()).rows
     kind = kind_of(model)
     usable = [row for row in everything if _usable(model, kind, row.method)]
-    rows, given_up = _alike(kind, usable, bits)
+    rows, given_up = _alike(kind, _telling(usable, bits), bits)
     if not rows:
         chosen = default if _usable(model, kind, default) else "fractal"
         if not _usable(model, kind, chosen) or any(len(spec.shape) != 4 for spec in model.inputs):
@@ -210,10 +210,15 @@ def recommend(
             (f"nothing has been measured in {bits} on networks with {kind.text()}: {chosen} is the default there",),
         )
     rows = _one_protocol(rows)
+    failing = _failing(everything, rows[0], bits)
+    kept = [row for row in rows if row.method not in failing]
+    rows = kept or rows
     weighed = _weigh(rows, everything, bits, kind, images)
     reasons = [
         f"measured in {bits} on {', '.join(dict.fromkeys(row.network for row in rows))} ({rows[0].protocol}); this network has {kind.text()}"
     ]
+    if kept and failing:
+        reasons.append(f"left out, for they fail on other networks: {', '.join(sorted(failing))}")
     if given_up:
         reasons.append(f"no network was measured that is like this one in {given_up} as well")
     able = weighed
@@ -262,6 +267,29 @@ def recommend(
     if "steps" in winner.parameters and time_limit is not None:
         reasons.append(f"{winner.parameters['steps']} steps end within the time limit")
     return Recommendation(winner.method, winner.parameters, images, winner.seconds, tuple(reasons), tuple(weighed))
+
+
+def _telling(rows: Sequence[Row], bits: str) -> list[Row]:
+    """Without the networks on which no method leaves half of the answers as they were: in what is left, the order is chance."""
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if bits in row.results:
+            place = row.network, row.protocol
+            best[place] = max(best.get(place, 0.0), row.results[bits].agreement)
+    return [row for row in rows if best.get((row.network, row.protocol), 1.0) >= 0.5]
+
+
+def _failing(rows: Sequence[Row], like: Row, bits: str) -> set[str]:
+    """Methods that fall behind the best one by more than 20 points of agreement on some network, measured like that row: not to be relied on elsewhere."""
+    places: dict[tuple[str, str], list[Row]] = {}
+    for row in _telling(rows, bits):
+        if bits in row.results and row.engines == like.engines and row.kind.batch_norm == like.kind.batch_norm:
+            places.setdefault((row.network, row.protocol), []).append(row)
+    found: set[str] = set()
+    for here in places.values():
+        best = max(row.results[bits].agreement for row in here)
+        found |= {row.method for row in here if best - row.results[bits].agreement > 0.2}
+    return found
 
 
 def _spoken(seconds: float | None) -> str:

@@ -128,6 +128,24 @@ def test_networks_of_the_same_kind_come_first():
     assert any("the size of the images" in reason for reason in far.reasons)
 
 
+def test_a_network_that_no_method_saves_says_nothing():
+    lost = [row("zeroq", 0.6, 0.12, network="lost", kind=SMALL), row("genie", 0.5, 0.2, network="lost", kind=SMALL)]
+    kept = [row("zeroq", 0.1, 0.8, network="kept", kind=SMALL), row("genie", 0.3, 0.6, network="kept", kind=SMALL)]
+    assert recommend(network(), evidence=table(*lost, *kept)).method == "zeroq"
+    alone = recommend(network(), evidence=table(*lost))
+    assert "nothing has been measured" in alone.reasons[0]
+
+
+def test_a_method_that_fails_elsewhere_is_not_relied_on():
+    here = (row("uniform", 0.0, 0.95, seconds=0.1), row("zeroq", 0.0, 0.94, seconds=50.0))
+    assert recommend(network(), evidence=table(*here)).method == "uniform"
+    far = dataclasses.replace(SMALL, depthwise=True)
+    there = (row("uniform", 0.4, 0.6, kind=far, network="b"), row("zeroq", 0.0, 0.9, kind=far, network="b"))
+    found = recommend(network(), evidence=table(*here, *there))
+    assert found.method == "zeroq"
+    assert any("uniform" in reason and "fail" in reason for reason in found.reasons)
+
+
 def test_batch_norm_is_never_mixed():
     found = recommend(network(norm=False), evidence=table(row("gaussian", 0.0, 1.0)))
     assert "nothing has been measured" in found.reasons[0]
