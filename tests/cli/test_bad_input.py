@@ -133,7 +133,7 @@ OPTIONS = {
         ("--method", "intraq", "--param", "lower=1.0"),
         ("--param", "0.8", "lower=1.0"),
     ),
-    "more images than the disk holds": (("--images", "1000000000000"), ("--images", "GiB")),
+    "more images than the disk holds": (("--images", "1000000000000"), ("--images", "at most")),
     "precision": (("--image-precision", "float64"), ("--image-precision", "bfloat16")),
     "no images": (("--images", "0"), ("--images",)),
     "seed": (("--seed", "-1"), ("--seed",)),
